@@ -1,0 +1,46 @@
+# Everything a newcomer runs. The first target that needs it makes .venv with exactly the versions of constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: install quickstart test test-fast lint gpu-smoke prove docs bench clean
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt setup.py
+	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
+	  { echo "titan needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) -V 2>&1); use make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation -e ".[test,export]"
+	touch $@
+
+quickstart: $(READY)
+	$(BIN)/titan run configs/quickstart.toml --overwrite
+
+test: $(READY)
+	$(BIN)/pytest tests
+
+test-fast: $(READY)
+	$(BIN)/pytest tests -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+gpu-smoke: $(READY)
+	$(BIN)/python -m benchmarks.gpu_smoke
+
+docs: $(READY)
+	$(BIN)/python -m titan.config.document > docs/config.md
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.ray_overhead
+	$(BIN)/python -m benchmarks.single_process
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

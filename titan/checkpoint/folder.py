@@ -1,0 +1,61 @@
+"""The checkpoints of one role on disk: what is complete, what is newest, what may go.
+
+`checkpoints/ROLE/step-00000200/` holds one safetensors file a rank and `manifest.json`. While it is being written the
+folder ends in `.partial`; the rename is the commit, so a half-written checkpoint is never taken for a whole one.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from titan.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+PARTIAL = ".partial"
+
+
+def step_folder(role_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return role_folder / f"step-{step:08d}"
+
+
+def complete_steps(role_folder: Path) -> list[int]:
+    """Steps with a complete checkpoint, oldest first."""
+    if not role_folder.is_dir():
+        return []
+    names = (re.fullmatch(r"step-(\d+)", entry.name) for entry in role_folder.iterdir())
+    steps = [int(name.group(1)) for name in names if name]
+    return sorted(step for step in steps if (step_folder(role_folder, step) / MANIFEST).is_file())
+
+
+def newest_step(role_folder: Path) -> int | None:
+    """Newest complete checkpoint, if there is one."""
+    return max(complete_steps(role_folder), default=None)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Manifest of a complete checkpoint. Raises CheckpointError if it is missing or not JSON."""
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise CheckpointError(
+            f"{folder / MANIFEST} is damaged; delete {folder.name}, the run then goes on from the checkpoint before it"
+        ) from None
+    return manifest
+
+
+def remove_partial(role_folder: Path) -> None:
+    """Delete what a killed run left half-written. Only when no rank of the role is running."""
+    if role_folder.is_dir():
+        for entry in role_folder.glob(f"step-*{PARTIAL}"):
+            shutil.rmtree(entry)
+
+
+def keep_newest(role_folder: Path, keep: int) -> None:
+    """Delete all complete checkpoints but the newest `keep`."""
+    for step in complete_steps(role_folder)[:-keep]:
+        shutil.rmtree(step_folder(role_folder, step))

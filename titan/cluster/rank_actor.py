@@ -1,0 +1,65 @@
+"""The thin Ray skin around a rank: every method hands on to the plain class of titan.distill."""
+
+import traceback
+from typing import Any
+
+import ray
+
+from titan.distill.rank import RankSpec, RoleReport, make_rank
+from titan.errors import TitanError, WorkerError
+
+
+class RankActor:
+    """One rank as an actor. `train` runs for the whole run in one thread; questions are answered in another."""
+
+    def __init__(self, spec: RankSpec):
+        self.spec = spec
+        self.rank = make_rank(spec)
+
+    def open_store(self) -> tuple[str, int]:
+        """Host and port at which the ranks of the role meet."""
+        host = ray.util.get_node_ip_address()
+        return host, self.rank.open_store(host)
+
+    def join(self, host: str, port: int) -> dict[str, Any]:
+        """Meet the other ranks and restore; returns who and where this rank is."""
+        self._say_where(lambda: self.rank.join(host, port))
+        return self.rank.describe()
+
+    def train(self) -> RoleReport:
+        """Train to the end of the run, or until asked to stop."""
+        report: RoleReport = self._say_where(self.rank.train)
+        self.rank.leave()
+        return report
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def request_stop(self) -> None:
+        """Stop after the step under way."""
+        self.rank.request_stop()
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def take_news(self) -> list[Any]:
+        """Metrics and events since the last call."""
+        return self.rank.take_news()
+
+    def _say_where(self, action: Any) -> Any:
+        """Run an action; an exception leaves with role, rank, step and host, as one message that pickles."""
+        try:
+            return action()
+        except Exception as error:
+            who = self.rank.describe()
+            cause = str(error) if isinstance(error, TitanError) else f"{type(error).__name__}: {error}"
+            where = f"{who['role']} rank {who['rank']} on {who['host']}, step {who['step']}"
+            secondary = not isinstance(error, TitanError) and "gloo" in str(error).lower()
+            raise RankFailure(f"{where}: {cause}", who, secondary, traceback.format_exc()) from None
+
+
+class RankFailure(WorkerError):
+    """What an actor raises: the message, who it was, whether it only noticed another's failure, and the traceback."""
+
+    def __init__(self, message: str, who: dict[str, Any], secondary: bool, trace: str):
+        super().__init__(message, who, secondary, trace)
+        self.who, self.secondary, self.trace = who, secondary, trace
+
+    def __str__(self) -> str:
+        return str(self.args[0])

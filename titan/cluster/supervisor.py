@@ -1,0 +1,273 @@
+"""The supervisor: a small state machine in the driver that plans, spawns the ranks, watches them and winds up."""
+
+import json
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from titan.cluster.rank_actor import RankActor, RankFailure
+from titan.cluster.session import discover
+from titan.config.settings import RunConfig
+from titan.distill.rank import TEACHER, RankSpec, RoleReport
+from titan.errors import PlatformError, WorkerError
+from titan.observe.events import EventLog
+from titan.observe.live import LiveDisplay
+from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric
+from titan.plan.inventory import check_fits, plan_json
+from titan.plan.layout import Layout, make_layout
+
+POLL_S = 0.25
+NEWS_TIMEOUT_S = 30.0
+CAUSE_WAIT_S = 3.0
+"""How long to collect failures after the first: the rank at fault may be reported after those that lost their peer."""
+
+
+class State(Enum):
+    """Where a run is."""
+
+    PLAN = "plan"
+    SPAWN = "spawn"
+    RUN = "run"
+    DRAIN = "drain"
+    LOST = "lost"
+    DONE = "done"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    reports: dict[str, RoleReport]
+    stopped: bool
+
+
+class Supervisor:
+    """Drives one run on a connected Ray. Decides nothing that the plan decides."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_folder: Path,
+        corpus_folder: Path,
+        events: EventLog,
+        metrics: MetricsLog,
+        display: LiveDisplay,
+        resumed: Mapping[str, int],
+    ):
+        """resumed: step of the checkpoint each role goes on from."""
+        self.config, self.run_folder, self.corpus_folder = config, run_folder, corpus_folder
+        self.events, self.metrics, self.display = events, metrics, display
+        self.last_step = dict(resumed)
+        self.state = State.PLAN
+        self.signals = 0
+        self.actors: dict[str, list[Any]] = {}
+
+    def run(self) -> Outcome:
+        """The whole run. Raises WorkerError if a rank failed; no actor is left in any case."""
+        previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            layouts = self._plan()
+            self._spawn(layouts)
+            return self._watch()
+        finally:
+            for actor in (actor for actors in self.actors.values() for actor in actors):
+                ray.kill(actor, no_restart=True)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        """First signal: stop after the step under way. Second: at once."""
+        self.signals += 1
+        if self.signals > 1:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+    # --- PLAN ---
+
+    def _plan(self) -> dict[str, Layout]:
+        config = self.config
+        layouts = {TEACHER: make_layout(config.teacher.model, config.teacher.layout)}
+        layouts |= {student.name: make_layout(student.model, student.layout) for student in config.students}
+        inventory = discover(config.cluster)
+        check_fits(layouts, inventory, config.cluster.cpu_ranks_per_core)
+        plan = plan_json(layouts, inventory)
+        (self.run_folder / "plan.json").write_text(json.dumps(plan, indent=1))
+        self.events.emit("plan", ranks=plan["num_ranks"], slots=inventory.slots, nodes=len(inventory.nodes))
+        return layouts
+
+    # --- SPAWN ---
+
+    def _spawn(self, layouts: dict[str, Layout]) -> None:
+        """Start one actor a rank, tensor-parallel groups together on a node, and join each role's world."""
+        self.state = State.SPAWN
+        begin = time.monotonic()
+        deadline = begin + self.config.cluster.start_timeout_s
+        total = sum(layout.num_ranks for layout in layouts.values())
+        groups = {role: _reserve(layout, self.config) for role, layout in layouts.items()}
+        ready = [group.ready() for role_groups in groups.values() for group in role_groups]
+        self._wait(ready, deadline, f"room for {total} ranks in the Ray cluster", "is another job using it?")
+        for role, layout in layouts.items():
+            self.actors[role] = [
+                _start_actor(RankSpec(self.config, role, rank, self.run_folder, self.corpus_folder), group, layout)
+                for rank, group in _rank_groups(layout, groups[role])
+            ]
+        stores = {role: actors[0].open_store.remote() for role, actors in self.actors.items()}
+        joining = []
+        for role, actors in self.actors.items():
+            (address,) = self._wait([stores[role]], deadline, f"rank 0 of {role}", "see Ray's logs in /tmp/ray")
+            joining += [actor.join.remote(*address) for actor in actors]
+        up = self._wait(joining, deadline, f"{total} ranks", "see Ray's logs in /tmp/ray", show_count=True)
+        self.events.emit("ranks_up", seconds=round(time.monotonic() - begin, 2), ranks=len(up))
+
+    def _wait(self, refs: Sequence[Any], deadline: float, what: str, hint: str, show_count: bool = False) -> list[Any]:
+        """Results of all refs, or an error that says what did not come."""
+        pending = list(refs)
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
+            self.display.phase(f"starting {len(refs)} ranks: {len(ready)} up" if show_count else f"waiting for {what}")
+            self.display.refresh()
+            failed = [error for ref in ready if (error := _error_of(ref)) is not None]
+            if failed:
+                raise self._lost(failed)
+            if self.signals:
+                raise KeyboardInterrupt
+            if pending and time.monotonic() > deadline:
+                raise PlatformError(
+                    f"waited {self.config.cluster.start_timeout_s:.0f} s for {what}, {len(pending)} of {len(refs)} are "
+                    f"not there; {hint} (cluster.start_timeout_s sets the wait)"
+                )
+            pending = list(refs) if pending else []
+        return list(ray.get(list(refs)))
+
+    # --- RUN and DRAIN ---
+
+    def _watch(self) -> Outcome:
+        """Follow all roles to their end."""
+        self.state = State.RUN
+        role_of = {actor.train.remote(): role for role, actors in self.actors.items() for actor in actors}
+        pending = list(role_of)
+        left = {role: len(actors) for role, actors in self.actors.items()}
+        reports: dict[str, RoleReport] = {}
+        self.display.phase("training")
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=1, timeout=POLL_S)
+            self._take_news(left)
+            self.display.refresh()
+            failed = [error for ref in ready if (error := _error_of(ref)) is not None]
+            if failed:
+                raise self._lost(failed + self._more_failures(pending))
+            for ref in ready:
+                role = role_of[ref]
+                left[role] -= 1
+                reports[role] = ray.get(ref)
+                if left[role] == 0:
+                    self._take_news({role: 1})
+                    self.events.emit("role_finished", role=role, step=reports[role].step)
+            if self.signals and self.state is State.RUN:
+                self.state = State.DRAIN
+                self.events.emit("stop_requested", signal=self.signal_name)
+                self.display.phase("stopping after this step; once more to stop at once")
+                for role, actors in self.actors.items():
+                    if left[role]:
+                        actors[0].request_stop.remote()
+        self.state = State.DONE
+        return Outcome(reports, any(report.stopped for report in reports.values()))
+
+    def _take_news(self, left: dict[str, int]) -> None:
+        """Pass on what the leads have to say. A lead that is too busy to answer is asked again later."""
+        refs = {role: self.actors[role][0].take_news.remote() for role in left if left[role]}
+        for role, ref in refs.items():
+            try:
+                items = ray.get(ref, timeout=NEWS_TIMEOUT_S)
+            except (GetTimeoutError, RayError):
+                continue  # its train() says what is wrong, if something is
+            for item in items:
+                if isinstance(item, StepMetric | EvalMetric):
+                    self.metrics.write(item)
+                    self.display.update(item)
+                    self.last_step[role] = max(self.last_step.get(role, 0), item.step)
+                else:
+                    self.events.emit(item.pop("event"), **item)
+
+    # --- LOST ---
+
+    def _more_failures(self, pending: Sequence[Any]) -> list[Exception]:
+        ready, _ = ray.wait(list(pending), num_returns=len(pending), timeout=CAUSE_WAIT_S) if pending else ([], [])
+        return [error for ref in ready if (error := _error_of(ref)) is not None]
+
+    def _lost(self, failures: Sequence[Exception]) -> WorkerError:
+        """The error to show: the cause, not those who noticed it."""
+        self.state = State.LOST
+        died = [error for error in failures if isinstance(error, ActorDiedError | ActorUnavailableError)]
+        own = [error for error in failures if isinstance(error, RankFailure) and not error.secondary]
+        first = (own or died or list(failures))[0]
+        if isinstance(first, RankFailure):
+            self.events.emit("failed", **first.who, error=str(first), trace=first.trace)
+            return WorkerError(str(first))
+        message = self._describe_death(first)
+        self.events.emit("failed", error=message)
+        return WorkerError(message)
+
+    def _describe_death(self, error: Exception) -> str:
+        """A process that died without a word: say which, and where it was."""
+        for role, actors in self.actors.items():
+            for rank, actor in enumerate(actors):
+                if getattr(error, "actor_id", None) == actor._actor_id.hex():
+                    step = self.last_step.get(role, 0)
+                    return f"{role} rank {rank} died at about step {step}: its process was killed or crashed"
+        return f"a rank died: {str(error).splitlines()[0]}"
+
+
+def _reserve(layout: Layout, config: RunConfig) -> list[PlacementGroup]:
+    """One placement group a tensor-parallel group; its bundles stay on one node."""
+    bundle = {"CPU": 1.0 / config.cluster.cpu_ranks_per_core}
+    if config.cluster.device != "cpu" and ray.cluster_resources().get("GPU"):
+        bundle = {"CPU": 1.0, "GPU": 1.0}
+    return [
+        placement_group([bundle] * stage.tp, strategy="STRICT_PACK") for stage in layout.stages for _ in range(stage.dp)
+    ]
+
+
+def _rank_groups(layout: Layout, groups: Sequence[PlacementGroup]) -> list[tuple[int, PlacementGroup]]:
+    """Every rank with its placement group, in rank order."""
+    remaining = iter(groups)
+    return [
+        (stage.rank(replica, tensor), group)
+        for stage in layout.stages
+        for replica, group in zip(range(stage.dp), remaining, strict=False)
+        for tensor in range(stage.tp)
+    ]
+
+
+def _start_actor(spec: RankSpec, group: PlacementGroup, layout: Layout) -> Any:
+    place = layout.place(spec.rank)
+    bundle = group.bundle_specs[place.tensor]
+    skin = ray.remote(concurrency_groups={"control": 1}, max_restarts=0)(RankActor).options(
+        name=f"{spec.run_folder.name}/{spec.role}/{spec.rank}/{time.time_ns()}",
+        num_cpus=bundle["CPU"],
+        num_gpus=bundle.get("GPU", 0),
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place.tensor),
+    )
+    return skin.remote(spec)
+
+
+def _error_of(ref: Any) -> Exception | None:
+    """What a finished call raised, as itself."""
+    try:
+        ray.get(ref, timeout=NEWS_TIMEOUT_S)
+    except RayTaskError as error:
+        cause = error.cause
+        return cause if isinstance(cause, Exception) else error
+    except RayError as error:
+        return error
+    return None

@@ -1,0 +1,249 @@
+"""What a run is: one frozen model a section of run.toml. docs/config.md is generated from this file."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+
+
+class Section(BaseModel):
+    """A section of run.toml: values are frozen, types are strict, unknown keys are mistakes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True)
+
+
+class RunSettings(Section):
+    """The run as a whole."""
+
+    name: Name
+    """Names the run; everything it writes is in `dir/name`."""
+    dir: str = "runs"
+    """Folder that holds run folders."""
+    seed: NonNegativeInt = 1
+    """Seeds initial weights and the order of samples. The result depends on nothing else that is random."""
+    steps: PositiveInt
+    """Optimizer steps of the teacher."""
+
+
+class DataSettings(Section):
+    """Text, and how it becomes samples."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Folders, globs, .txt/.py/... files, .jsonl, .jsonl.gz, .parquet, or the built-in `python-stdlib`."""
+    text_field: str = "text"
+    """Field or column that holds the text in .jsonl and Parquet sources."""
+    vocab_size: Annotated[int, Field(ge=300)] = 4096
+    """Pieces of the SentencePiece model that is trained on the corpus (256 of them are raw bytes)."""
+    tokenizer: str | None = None
+    """A SentencePiece `.model` file to use instead of training one; `vocab_size` is then taken from it."""
+    sequence_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens a sample predicts."""
+    batch_size: PositiveInt = 16
+    """Samples in a step, over all ranks; the same for every role."""
+    heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
+    """Share of documents, chosen by content hash, that no role trains on."""
+    shard_tokens: PositiveInt = 4_000_000
+    """Tokens in one Arrow shard file."""
+    workers: NonNegativeInt = 0
+    """Processes that prepare data; 0 takes one a core."""
+    cache: str | None = None
+    """Folder for prepared corpora, shared by runs; the default is `data` beside the run folders."""
+
+
+class ModelSettings(Section):
+    """Shape of a decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
+
+    layers: PositiveInt
+    """Transformer layers."""
+    hidden: PositiveInt
+    """Width of the hidden states."""
+    heads: PositiveInt
+    """Query heads; must divide `hidden`."""
+    kv_heads: PositiveInt | None = None
+    """Key and value heads; must divide `heads`. The default is `heads`."""
+    ffn: PositiveInt
+    """Inner width of the gated feed-forward network."""
+    tied: bool = False
+    """Share the embedding with the output weight."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    norm_eps: PositiveFloat = 1e-5
+    """Added to the mean square inside RMSNorm."""
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Key and value heads after the default."""
+        return self.kv_heads or self.heads
+
+
+class LayoutSettings(Section):
+    """How a role is cut over ranks: `tp * pp * dp` of them."""
+
+    tp: PositiveInt = 1
+    """Tensor-parallel degree; must divide `kv_heads`, `ffn` and `hidden`."""
+    pp: PositiveInt = 1
+    """Pipeline stages."""
+    dp: PositiveInt = 1
+    """Replicas of each stage, sharing the samples of a micro-batch."""
+    layers: tuple[PositiveInt, ...] | None = None
+    """Layers of each stage, first stage first; the default is as even as can be."""
+    shard: PositiveInt = 1
+    """Ranks that share optimizer state: 1 (none) or `dp`."""
+    micro_batches: PositiveInt | None = None
+    """Micro-batches in a step; each is split over `dp`. The default is `2 * pp`, or 1 without a pipeline."""
+    sequence_parallel: bool = False
+    """Cut norms and residuals along the sequence inside a tensor-parallel group."""
+    recompute: bool = False
+    """Keep only each layer's input and compute its activations again in the backward pass."""
+
+    @property
+    def ranks(self) -> int:
+        """Processes this layout needs."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches in a step after the default."""
+        return self.micro_batches or (1 if self.pp == 1 else 2 * self.pp)
+
+
+class OptimizerSettings(Section):
+    """AdamW with a warm-up and a decay."""
+
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    warmup_steps: NonNegativeInt = 50
+    """Steps of linear warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    final_fraction: Fraction = 0.1
+    """Learning rate at the last step, as a share of the peak."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of matrices; norms have none."""
+    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """Decay of the first moment."""
+    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    clip: PositiveFloat = 1.0
+    """Largest norm of the gradient over all parameters of the role."""
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class TeacherSettings(Section):
+    """The large model, trained on text alone."""
+
+    model: ModelSettings
+    """Shape of the teacher."""
+    layout: LayoutSettings = LayoutSettings()
+    """How the teacher is cut over ranks."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Optimizer of the teacher."""
+    precision: Precision = "fp32"
+    """Type of weights and activations; bf16 and fp16 keep fp32 master weights, fp16 scales its loss."""
+    source: Literal["train"] = "train"
+    """Where labels come from: `train` is the teacher's own training pass in this run."""
+
+
+class StartSettings(Section):
+    """When a student starts. Set at most one of the two; with neither it starts with the teacher."""
+
+    step: NonNegativeInt | None = None
+    """Start after this teacher step."""
+    lead: PositiveFloat | None = None
+    """Start when the teacher's smoothed training loss is this many nats below that of the fresh student."""
+
+
+class DistillSettings(Section):
+    """How much a student learns from labels: loss = (1 - a) * cross-entropy + a * T^2 * KL(teacher || student)."""
+
+    weight: Fraction = 0.9
+    """Largest value of a; 0 makes a control that learns from text alone."""
+    schedule: Literal["lead", "constant", "ramp"] = "lead"
+    """`lead`: a = weight * min(1, lead / full_lead), lead being the student's smoothed loss minus the teacher's;
+    `constant`: a = weight; `ramp`: a rises linearly to weight over the first `ramp_fraction` of the student's steps."""
+    full_lead: PositiveFloat = 0.3
+    """Lead, in nats a token, from which on the whole weight is used."""
+    ramp_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """Share of the student's steps over which `ramp` rises."""
+
+
+class StudentSettings(Section):
+    """One student. It takes one step for every teacher step after its start."""
+
+    name: Name
+    """Names the student; `teacher` is taken."""
+    model: ModelSettings
+    """Shape of the student; its vocabulary is the run's."""
+    layout: LayoutSettings = LayoutSettings()
+    """How the student is cut over ranks."""
+    optimizer: OptimizerSettings = OptimizerSettings()
+    """Optimizer of the student; its schedule spans the steps from the student's start to the end of the run."""
+    precision: Precision = "fp32"
+    """Type of weights and activations."""
+    start: StartSettings = StartSettings()
+    """When the student starts."""
+    distill: DistillSettings = DistillSettings()
+    """How much the student learns from labels."""
+
+
+class LabelSettings(Section):
+    """Soft labels: what the teacher says about each token."""
+
+    top_k: Annotated[int, Field(ge=1, le=1024)] = 16
+    """Vocabulary entries sent exactly, the most likely first; the rest travels as one bucket."""
+    temperature: Annotated[float, Field(ge=0.1, le=20.0)] = 1.0
+    """T of the distillation loss, the same for all students of the run."""
+
+
+class CheckpointSettings(Section):
+    """What survives a crash."""
+
+    every_steps: PositiveInt = 200
+    """Steps between checkpoints; the last step always has one."""
+    keep: PositiveInt = 2
+    """Newest checkpoints kept a role."""
+
+
+class EvalSettings(Section):
+    """Held-out loss."""
+
+    every_steps: NonNegativeInt = 0
+    """Steps between evaluations; 0 evaluates only at the end."""
+    samples: PositiveInt = 256
+    """Held-out samples in an evaluation (fewer if there are fewer); always the same ones."""
+
+
+class ClusterSettings(Section):
+    """Ray, and how long to wait for things."""
+
+    address: str | None = None
+    """Ray cluster to join, `host:port`; absent, a local one is started for the run."""
+    cpu_ranks_per_core: PositiveInt = 4
+    """CPU ranks that may share a core of a machine without accelerators."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Kind of device that ranks use; `auto` takes CUDA where torch sees it."""
+    start_timeout_s: PositiveFloat = 300.0
+    """Longest wait for all ranks to be up."""
+    step_timeout_s: PositiveFloat = 300.0
+    """Longest wait for a message inside a step, or for the next label."""
+    dashboard_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port of Ray's dashboard; absent, there is no dashboard."""
+
+
+class RunConfig(Section):
+    """A whole run.toml."""
+
+    run: RunSettings
+    data: DataSettings
+    teacher: TeacherSettings
+    students: tuple[StudentSettings, ...] = ()
+    labels: LabelSettings = LabelSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    eval: EvalSettings = EvalSettings()
+    cluster: ClusterSettings = ClusterSettings()

@@ -1,0 +1,207 @@
+"""One rank of a role, as a plain class: joins its world, restores its state, trains to the end, answers questions.
+
+`titan.cluster` puts a thin actor around it; tests and the benchmark without Ray call it directly.
+"""
+
+import queue
+import socket
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from titan.checkpoint.folder import newest_step, step_folder
+from titan.checkpoint.load import Checkpoint
+from titan.checkpoint.save import CheckpointWriter
+from titan.data.corpus import Corpus
+from titan.data.sampler import Sampler
+from titan.distill.rank import RankSpec, RoleReport
+from titan.model.parameters import num_parameters
+from titan.observe.metrics import EvalMetric, StepMetric
+from titan.parallel.world import join_world
+from titan.plan.layout import make_layout
+from titan.platform.device import Platform
+from titan.train.restore import restore_trainer, trainer_pieces, trainer_state
+from titan.train.trainer import StepResult, Trainer, TrainerSettings
+
+NATS_PER_BIT = 0.6931471805599453
+
+
+class RoleRank:
+    """What teacher and student ranks share; `train` is theirs."""
+
+    def __init__(self, spec: RankSpec, platform: Platform):
+        self.spec, self.config, self.platform = spec, spec.config, platform
+        self.layout = make_layout(spec.settings.model, spec.settings.layout)
+        self.step = 0
+        self.stopping = threading.Event()
+        self.news: queue.SimpleQueue[StepMetric | EvalMetric | dict[str, Any]] = queue.SimpleQueue()
+        self.store: dist.TCPStore | None = None
+        self.train_seconds, self.tokens_here = 0.0, 0
+
+    # --- joining ---
+
+    def open_store(self, host: str) -> int:
+        """On the lead: open the meeting point of the role's ranks and return its port."""
+        timeout = timedelta(seconds=self.config.cluster.start_timeout_s)
+        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        return int(self.store.port)
+
+    def join(self, host: str, port: int) -> None:
+        """Meet the other ranks, build this rank's part of the model and restore the newest checkpoint."""
+        config, spec = self.config, self.spec
+        timeout = timedelta(seconds=config.cluster.start_timeout_s)
+        store = self.store or dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        settings = spec.settings
+        self.world = join_world(
+            spec.role, self.layout, spec.rank, self.platform, store, config.cluster.step_timeout_s, settings.model.tied
+        )
+        self.corpus = Corpus.open(spec.corpus_folder)
+        data = config.data
+        self.sampler = Sampler(self.corpus, data.sequence_length, data.batch_size, config.run.seed)
+        self.trainer = Trainer(
+            self.world,
+            TrainerSettings(
+                model=settings.model,
+                layout=settings.layout,
+                optimizer=settings.optimizer,
+                precision=settings.precision,
+                vocab_size=self.corpus.vocab_size,
+                sequence_length=data.sequence_length,
+                batch_size=data.batch_size,
+                seed=config.run.seed,
+            ),
+        )
+        self.checkpoints = CheckpointWriter(
+            spec.checkpoint_folder,
+            spec.rank,
+            self.layout.num_ranks,
+            config.checkpoint.keep,
+            config.cluster.step_timeout_s,
+        )
+        newest = newest_step(spec.checkpoint_folder)
+        if newest is not None:
+            checkpoint = Checkpoint(step_folder(spec.checkpoint_folder, newest))
+            restore_trainer(self.trainer, checkpoint)
+            self.step = checkpoint.step
+            self.train_seconds = checkpoint.state["train_seconds"]
+            self.load_state(checkpoint.state)
+        self.saved_step = self.step
+
+    # --- training ---
+
+    def train(self) -> RoleReport:
+        """Train to the end of the run, or until asked to stop."""
+        raise NotImplementedError  # a role is a teacher or a student
+
+    def own_state(self) -> dict[str, Any]:
+        """What the role keeps besides the model, as JSON."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `own_state`."""
+
+    def save_checkpoint(self) -> None:
+        """Start writing a checkpoint of the step just made."""
+        begin = time.perf_counter()
+        settings = self.spec.settings
+        manifest = {
+            "role": self.spec.role,
+            "model": settings.model.model_dump(),
+            "vocab_size": self.corpus.vocab_size,
+            "layout": settings.layout.model_dump(),
+            "precision": settings.precision,
+            "corpus": self.spec.corpus_folder.name,
+            "state": trainer_state(self.trainer) | {"train_seconds": self.train_seconds} | self.own_state(),
+        }
+        self.checkpoints.save(self.step, trainer_pieces(self.trainer), manifest)
+        self.saved_step = self.step
+        self.tell_event("checkpoint", step=self.step, stall_s=round(time.perf_counter() - begin, 4))
+
+    def evaluate(self) -> float | None:
+        """Held-out bits per byte on the run's fixed samples; None if the corpus has too few."""
+        batch = self.sampler.heldout(self.config.eval.samples)
+        nats = self.trainer.evaluate(batch.tokens)
+        targets = batch.tokens[:, 1:]
+        num_bytes = int(self.corpus.tokenizer.piece_bytes()[targets].sum())
+        bits_per_byte = nats * targets.size / num_bytes / NATS_PER_BIT
+        self.tell(EvalMetric(self.spec.role, self.step, time.time(), nats, bits_per_byte, int(targets.size)))
+        return bits_per_byte
+
+    def finish(self, stopped: bool, extra: dict[str, float]) -> RoleReport:
+        """Last evaluation and checkpoint, and the report."""
+        if self.saved_step != self.step:
+            self.save_checkpoint()
+        self.checkpoints.wait()
+        bits_per_byte = None if stopped or self.step == 0 else self.evaluate()
+        settings = self.spec.settings
+        return RoleReport(
+            role=self.spec.role,
+            step=self.step,
+            params=num_parameters(settings.model, self.corpus.vocab_size),
+            tokens=self.steps_made() * self.config.data.batch_size * self.config.data.sequence_length,
+            train_seconds=self.train_seconds,
+            heldout_bits_per_byte=bits_per_byte,
+            stopped=stopped,
+            extra=extra,
+        )
+
+    def steps_made(self) -> int:
+        """Optimizer steps of this role since its beginning."""
+        return self.step
+
+    def stop_vote(self) -> list[float]:
+        """The lead's wish to stop, passed along with every step's sums so that all ranks stop after the same one."""
+        return [1.0 if self.world.is_lead and self.stopping.is_set() else 0.0]
+
+    def tell(self, news: StepMetric | EvalMetric) -> None:
+        """Queue a metric for the driver; only the lead speaks."""
+        if self.world.is_lead:
+            self.news.put(news)
+
+    def tell_event(self, event: str, **fields: Any) -> None:
+        """Queue an event for the driver."""
+        if self.world.is_lead:
+            self.news.put({"event": event, "role": self.spec.role, **fields})
+
+    def step_metric(self, result: StepResult, loss: float, **student: Any) -> StepMetric:
+        """A step's metric; students add what they know of labels."""
+        fields: dict[str, Any] = dict.fromkeys(
+            ("distill_loss", "distill_weight", "lag", "lead", "label_bytes", "label_wait_s")
+        )
+        return StepMetric(
+            role=self.spec.role,
+            step=self.step,
+            time_s=time.time(),
+            loss=loss,
+            cross_entropy=result.cross_entropy,
+            grad_norm=float("nan") if result.grad_norm is None else result.grad_norm,
+            learning_rate=result.learning_rate,
+            tokens=result.tokens,
+            step_s=result.seconds,
+            **(fields | student),
+        )
+
+    # --- questions from other threads ---
+
+    def request_stop(self) -> None:
+        """Ask the role to stop after the step it is in."""
+        self.stopping.set()
+
+    def take_news(self) -> list[StepMetric | EvalMetric | dict[str, Any]]:
+        """Everything queued since the last call."""
+        items = []
+        while not self.news.empty():
+            items.append(self.news.get())
+        return items
+
+    def describe(self) -> dict[str, Any]:
+        """Who and where this rank is, for error messages and the event log."""
+        return {"role": self.spec.role, "rank": self.spec.rank, "host": socket.gethostname(), "step": self.step}
+
+    def leave(self) -> None:
+        """Leave the world."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

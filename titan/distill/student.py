@@ -1,0 +1,170 @@
+"""A student's loop: wait for the next committed step of labels, learn it, keep count."""
+
+import time
+from typing import Any
+
+import numpy as np
+
+from titan.config.settings import StudentSettings
+from titan.distill.codec import LabelBlock
+from titan.distill.lead import LeadTracker, distillation_weight
+from titan.distill.log import Commit, LabelReader
+from titan.distill.rank import RankSpec, RoleReport
+from titan.distill.role import RoleRank
+from titan.ops.head import Objective
+from titan.platform.device import Platform
+from titan.tasks.causal_lm import SampleLabels
+
+
+class StudentRank(RoleRank):
+    """One rank of a student. It owes the teacher nothing: it reads the log at its own pace."""
+
+    def __init__(self, spec: RankSpec, platform: Platform):
+        super().__init__(spec, platform)
+        assert isinstance(spec.settings, StudentSettings)
+        self.student = spec.settings
+        self.tracker = LeadTracker()
+        self.start_step: int | None = None
+        """Teacher step after which the student started; None before."""
+        self.consumed, self.missed, self.repeated, self.max_lag = 0, 0, 0, 0
+        self.label_bytes, self.label_tokens = 0, 0
+
+    def own_state(self) -> dict[str, Any]:
+        """Offset and counts are committed with the weights, so that nothing is lost or learned twice."""
+        names = ("consumed", "missed", "repeated", "max_lag", "label_bytes", "label_tokens")
+        return {
+            "start_step": self.start_step,
+            "lead": vars(self.tracker),
+            "counts": {name: getattr(self, name) for name in names},
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Inverse of `own_state`."""
+        self.start_step = state["start_step"]
+        self.tracker = LeadTracker(**state["lead"])
+        for name, value in state["counts"].items():
+            setattr(self, name, value)
+
+    def train(self) -> RoleReport:
+        """Learn every step from the start to the end of the log."""
+        reader = LabelReader(self.spec.label_folder, self.config.cluster.step_timeout_s)
+        try:
+            stopped = self._wait_for_start(reader) or self._learn(reader)
+        finally:
+            reader.close()
+        return self.finish(stopped, self._accounting())
+
+    def steps_made(self) -> int:
+        """Steps since the student's start."""
+        return 0 if self.start_step is None else self.step - self.start_step
+
+    def _wait_for_start(self, reader: LabelReader) -> bool:
+        """Follow the teacher's commits until it is time; True if the run stopped before."""
+        if self.start_step is not None:
+            return False
+        start = self.student.start
+        if start.lead is None:
+            self.start_step = self.step = start.step or 0
+            return self.start_step > 0 and reader.wait_commit(self.start_step, self._alone_and_stopping) is None
+        fresh, step = None, 0
+        while True:
+            step += 1
+            commit = reader.wait_commit(step, self._alone_and_stopping)
+            if commit is None:
+                return True
+            if fresh is None:
+                fresh = self.trainer.evaluate(_tokens(reader.read(commit)[0]))
+            self.tracker.add(commit.cross_entropy, fresh)
+            if self.tracker.lead >= start.lead:
+                self.start_step = self.step = step
+                self.tracker = LeadTracker()
+                return False
+
+    def _learn(self, reader: LabelReader) -> bool:
+        assert self.start_step is not None
+        self.tell_event("student_started", step=self.start_step, reason=self._start_reason())
+        total, stopped = self.config.run.steps, False
+        while self.step < total and not stopped:
+            begin = time.perf_counter()
+            commit = reader.wait_commit(self.step + 1, self._alone_and_stopping)
+            if commit is None:
+                return True
+            blocks, size = reader.read(commit)
+            reader.forget(commit.step)
+            waited = time.perf_counter() - begin
+            stopped = self._learn_step(commit, blocks, size, reader.last_committed - commit.step, waited)
+            self.train_seconds += time.perf_counter() - begin
+            if self.step % self.config.checkpoint.every_steps == 0:
+                self.save_checkpoint()
+            every = self.config.eval.every_steps
+            if every and self.step % every == 0 and self.step < total:
+                self.evaluate()
+        return self.step < total
+
+    def _learn_step(self, commit: Commit, blocks: list[LabelBlock], size: int, lag: int, waited: float) -> bool:
+        """One step on the teacher's batch of that step; True if the role was asked to stop."""
+        assert self.start_step is not None
+        self._count(commit, blocks, size, lag)
+        self.step = commit.step
+        own_step, own_steps = self.step - self.start_step, self.config.run.steps - self.start_step
+        weight = distillation_weight(self.student.distill, self.tracker.lead, own_step, own_steps)
+        temperature = self.config.labels.temperature
+        labels = SampleLabels(
+            np.concatenate([block.ids_BSK for block in blocks]),
+            np.concatenate([block.log_prob_at(temperature) for block in blocks]),
+        )
+        result = self.trainer.step(
+            _tokens(blocks),
+            self.trainer.learning_rate(own_step, own_steps),
+            Objective(weight, temperature),
+            labels=labels,
+            votes=self.stop_vote(),
+        )
+        self.tracker.add(commit.cross_entropy, result.cross_entropy)
+        loss = (1 - weight) * result.cross_entropy + weight * temperature**2 * result.divergence
+        self.tell(
+            self.step_metric(
+                result,
+                loss,
+                distill_loss=result.divergence,
+                distill_weight=weight,
+                lag=lag,
+                lead=self.tracker.lead,
+                label_bytes=size,
+                label_wait_s=waited,
+            )
+        )
+        return result.votes[0] > 0
+
+    def _count(self, commit: Commit, blocks: list[LabelBlock], size: int, lag: int) -> None:
+        """Count what is learned, and what the order of steps shows to be missing or repeated."""
+        samples = sum(len(block.sample_ids_B) for block in blocks)
+        self.consumed += samples
+        self.missed += max(0, commit.step - self.step - 1) * samples
+        self.repeated += samples if commit.step <= self.step else 0
+        self.max_lag = max(self.max_lag, lag)
+        self.label_bytes += size
+        self.label_tokens += sum(block.ids_BSK.shape[0] * block.ids_BSK.shape[1] for block in blocks)
+
+    def _accounting(self) -> dict[str, float]:
+        return {
+            "labels_consumed": self.consumed,
+            "labels_missed": self.missed,
+            "labels_repeated": self.repeated,
+            "max_lag_steps": self.max_lag,
+            "label_bytes_per_token": self.label_bytes / max(1, self.label_tokens),
+        }
+
+    def _alone_and_stopping(self) -> bool:
+        """A role of one rank may stop while it waits; one of many stops with a step, or when the log ends."""
+        return self.layout.num_ranks == 1 and self.stopping.is_set()
+
+    def _start_reason(self) -> str:
+        start = self.student.start
+        if start.lead is not None:
+            return f"the teacher leads by {start.lead} nats"
+        return f"start.step is {start.step}" if start.step else "with the teacher"
+
+
+def _tokens(blocks: list[LabelBlock]) -> np.ndarray:
+    return np.concatenate([block.tokens_BS1 for block in blocks])

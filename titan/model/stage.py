@@ -1,0 +1,101 @@
+"""The part of a model that one stage holds: named blocks, numbers in, hidden states out."""
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.transformer import build_module
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from titan.config.settings import ModelSettings
+from titan.model.layer_spec import RMSNorm, layer_spec, transformer_config
+from titan.plan.layout import Stage
+
+VOCAB_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this in every layout, so that shapes do not depend on the layout."""
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """Rows of the embedding and of the output weight."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+class StageModel(nn.Module):
+    """Blocks `embedding`, `layers.N`, `final_norm` and `head` of a decoder; parameter names are global names.
+
+    The head is only a weight here: losses, gradients and labels are made from hidden states by one chunked operation
+    outside the forward pass. With a tied model the last stage holds a copy of the embedding instead.
+    """
+
+    def __init__(
+        self,
+        model: ModelSettings,
+        vocab_size: int,
+        stage: Stage,
+        groups: ProcessGroupCollection,
+        dtype: torch.dtype,
+        sequence_parallel: bool,
+        recompute: bool,
+    ):
+        super().__init__()
+        self.config = transformer_config(model, dtype, stage.tp, sequence_parallel)
+        self.model, self.stage, self.recompute = model, stage, recompute
+        rows = padded_vocab(vocab_size)
+        if stage.has_embedding or (stage.has_head and model.tied):
+            self.embedding = VocabParallelEmbedding(
+                rows,
+                model.hidden,
+                init_method=torch.nn.init.zeros_,
+                reduce_scatter_embeddings=self.config.sequence_parallel,
+                config=self.config,
+                tp_group=groups.tp,
+            )
+        spec = layer_spec()
+        self.layers = nn.ModuleDict(
+            {
+                str(index): build_module(spec, config=self.config, layer_number=index + 1, pg_collection=groups)
+                for index in range(stage.first_layer, stage.end_layer)
+            }
+        )
+        if stage.has_head:
+            self.final_norm = RMSNorm(self.config, model.hidden, model.norm_eps)
+            if not model.tied:
+                self.head = nn.Parameter(torch.empty(rows // stage.tp, model.hidden, dtype=dtype))
+
+    @property
+    def output_weight(self) -> nn.Parameter:
+        """[padded vocabulary / tp, hidden]; only on the stage with the head."""
+        weight: nn.Parameter = self.embedding.weight if self.model.tied else self.head
+        return weight
+
+    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One micro-batch through this stage's blocks.
+
+        inputs:  `rope` [S, 1, 1, D]; the first stage `tokens` [B, S] int64, a later one `hidden`
+                 [S, B, hidden] ([S / tp, B, hidden] with sequence parallelism); `mask` as in titan.ops.attention, if any
+        returns: `hidden` of the same shape, after the final norm on the last stage
+        """
+        hidden = self._embed(inputs["tokens"]) if self.stage.has_embedding else inputs["hidden"]
+        for layer in self.layers.values():
+            arguments = {"attention_mask": inputs.get("mask"), "rotary_pos_emb": inputs["rope"]}
+            if self.recompute and torch.is_grad_enabled():
+                hidden, _ = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **arguments)
+            else:
+                hidden, _ = layer(hidden, **arguments)
+        if self.stage.has_head:
+            hidden = self.final_norm(hidden)
+        return {"hidden": hidden}
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        embedded: Tensor = self.embedding(tokens_BS)
+        if self.config.sequence_parallel:
+            return embedded  # already [S / tp, B, hidden]
+        return embedded.transpose(0, 1).contiguous()
+
+
+def rope_angles(model: ModelSettings, sequence_length: int, device: torch.device) -> Tensor:
+    """Rotary angles (arXiv 2104.09864) in the half-split order that Llama uses: [S, 1, 1, D] float32."""
+    width = model.hidden // model.heads
+    frequencies = model.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
+    angles = torch.outer(torch.arange(sequence_length, dtype=torch.float32, device=device), frequencies)
+    return torch.cat([angles, angles], dim=-1)[:, None, None, :]

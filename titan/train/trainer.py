@@ -1,0 +1,191 @@
+"""One rank of one role: a step turns samples into a better model, in any layout."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, Precision
+from titan.model.stage import rope_angles
+from titan.ops.head import Objective, TeacherSays
+from titan.parallel.executor import EdgeShapes, HeadStep, PipelineExecutor, Tensors
+from titan.parallel.stage import build_stage
+from titan.parallel.world import World
+from titan.plan.layout import replica_shares
+from titan.plan.schedule import Action, forward_only, one_forward_one_backward
+from titan.tasks.causal_lm import MicroBatch, SampleLabels, make_micro_batch, run_task_head, vocab_shard
+from titan.train.optimizer import RoleOptimizer, learning_rate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """What a trainer must know of its role and of the run."""
+
+    model: ModelSettings
+    layout: LayoutSettings
+    optimizer: OptimizerSettings
+    precision: Precision
+    vocab_size: int
+    sequence_length: int
+    batch_size: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class LabelPart:
+    """Labels that this rank made: samples [start, start + rows / S) of the step's batch, rows over (position, sample)."""
+
+    start: int
+    samples: int
+    says: TeacherSays
+
+
+@dataclass
+class StepResult:
+    """A step as every rank of the role sees it."""
+
+    cross_entropy: float
+    """nats a token over the whole batch, before the update."""
+    divergence: float
+    """Bucketed KL in nats a token; 0 without labels."""
+    grad_norm: float | None
+    """None if fp16 skipped the update."""
+    learning_rate: float
+    tokens: int
+    seconds: float
+    votes: list[float] = field(default_factory=list)
+    """Sums over all ranks of what each passed as `votes`."""
+
+
+class Trainer:
+    """Model stage, optimizer and pipeline of one rank."""
+
+    def __init__(self, world: World, settings: TrainerSettings):
+        self.world, self.settings = world, settings
+        self.dtype = DTYPES[settings.precision]
+        self.stage = build_stage(world, settings.model, settings.vocab_size, self.dtype, settings.seed)
+        self.optimizer = RoleOptimizer(self.stage, settings.optimizer, self.dtype)
+        self.executor = PipelineExecutor(world, self.dtype)
+        self.rope = rope_angles(settings.model, settings.sequence_length, world.platform.device)
+        self.shard = vocab_shard(self.stage, settings.vocab_size) if world.place.stage.has_head else None
+
+    def step(
+        self,
+        tokens: np.ndarray,
+        learning_rate: float,
+        objective: Objective,
+        labels: SampleLabels | None = None,
+        top_k: int = 0,
+        votes: list[float] | None = None,
+        on_labels: Callable[[list[LabelPart]], None] | None = None,
+    ) -> StepResult:
+        """One optimizer step on the whole batch.
+
+        tokens: int [batch_size, S + 1], the same on every rank
+        labels: of all samples; needed on the last stage when the objective has a weight for them
+        top_k:  entries of the labels to make, 0 for none
+        votes:  summed over ranks on the way, so that all can agree on something at no cost
+        on_labels: called with the labels this rank made, before the exchange that ends the step: once `step` returns
+                anywhere, it has returned from `on_labels` everywhere
+        """
+        begin = time.perf_counter()
+        batches = self._micro_batches(tokens, np.ones(len(tokens)), labels)
+        count = tokens.shape[0] * (tokens.shape[1] - 1)
+        grad_scale = self.optimizer.loss_scale / count
+        sums = torch.zeros(2, dtype=torch.float64)
+        parts: list[LabelPart] = []
+
+        def head(index: int, hidden: torch.Tensor) -> torch.Tensor | None:
+            assert self.shard is not None
+            first, batch = batches[index]
+            result = run_task_head(
+                self.stage, hidden, batch, self.shard, objective, grad_scale=grad_scale, top_k=top_k
+            )
+            sums.add_(torch.stack([result.cross_entropy, result.divergence]).cpu())
+            if result.labels is not None and self.world.place.tensor == 0:
+                parts.append(LabelPart(first, len(batch.tokens_BS), result.labels))
+            return result.grad_hidden_ND
+
+        self.optimizer.zero_gradients()
+        place = self.world.place
+        schedule = one_forward_one_backward(place.stage.index, len(self.world.layout.stages), len(batches))
+        self._run(schedule, batches, head)
+        self.stage.reduce_gradients()
+        norm = self.optimizer.step(learning_rate)
+        if on_labels is not None:
+            on_labels(parts)
+        totals = self._total(sums, votes or [])
+        return StepResult(
+            cross_entropy=totals[0] / count,
+            divergence=totals[1] / count,
+            grad_norm=norm,
+            learning_rate=learning_rate,
+            tokens=count,
+            seconds=time.perf_counter() - begin,
+            votes=totals[2:],
+        )
+
+    def evaluate(self, tokens: np.ndarray) -> float:
+        """Mean cross-entropy in nats a token over given samples, int [any number, S + 1]; weights stay as they are."""
+        size = self.settings.batch_size
+        sums = torch.zeros(2, dtype=torch.float64)
+        for start in range(0, len(tokens), size):
+            piece = tokens[start : start + size]
+            missing = size - len(piece)  # a short last batch is filled with samples of weight 0
+            weight = np.concatenate([np.ones(len(piece)), np.zeros(missing)])
+            piece = np.concatenate([piece, np.repeat(tokens[:1], missing, axis=0)])
+            sums += self._forward(piece, weight)
+        return self._total(sums, [])[0] / (len(tokens) * (tokens.shape[1] - 1))
+
+    def _forward(self, tokens: np.ndarray, weight: np.ndarray) -> torch.Tensor:
+        batches = self._micro_batches(tokens, weight, None)
+        sums = torch.zeros(2, dtype=torch.float64)
+
+        def head(index: int, hidden: torch.Tensor) -> torch.Tensor | None:
+            assert self.shard is not None
+            result = run_task_head(
+                self.stage, hidden, batches[index][1], self.shard, Objective(), grad_scale=None
+            )
+            sums[0] += result.cross_entropy.cpu()
+            return None
+
+        self._run(forward_only(len(batches)), batches, head)
+        return sums
+
+    def _run(self, schedule: Sequence[Action], batches: list[tuple[int, MicroBatch]], head: HeadStep) -> None:
+        inputs: list[Tensors] = [{"rope": self.rope, "tokens": batch.tokens_BS} for _, batch in batches]
+        length = self.settings.sequence_length
+        if self.stage.module.config.sequence_parallel:
+            length //= self.world.place.stage.tp
+        shapes: list[EdgeShapes] = [
+            {"hidden": (length, len(batch.tokens_BS), self.settings.model.hidden)} for _, batch in batches
+        ]
+        self.executor.run(schedule, self.stage.module, inputs, shapes, head)
+
+    def _micro_batches(
+        self, tokens: np.ndarray, weight: np.ndarray, labels: SampleLabels | None
+    ) -> list[tuple[int, MicroBatch]]:
+        """This replica's share of every micro-batch, with the index of its first sample in the batch."""
+        place, number = self.world.place, self.world.layout.micro_batches
+        size = len(tokens) // number
+        start, end = replica_shares(size, place.stage.dp)[place.replica]
+        batches = []
+        for index in range(number):
+            part = slice(index * size + start, index * size + end)
+            own = None if labels is None else SampleLabels(labels.ids_BSK[part], labels.log_prob_BSK[part])
+            batches.append((part.start, make_micro_batch(tokens[part], weight[part], own, self.world.platform.device)))
+        return batches
+
+    def _total(self, sums: torch.Tensor, votes: list[float]) -> list[float]:
+        """Sums over the replicas of the last stage, and over all ranks for votes."""
+        place = self.world.place
+        counts = place.stage.has_head and place.tensor == 0
+        return self.world.sum_over_ranks([*(sums if counts else torch.zeros_like(sums)).tolist(), *votes])
+
+    def learning_rate(self, step: int, total_steps: int) -> float:
+        """Learning rate of a step, counted from 1."""
+        return learning_rate(self.settings.optimizer, step, total_steps)
