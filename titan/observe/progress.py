@@ -162,7 +162,8 @@ def plain_lines(rows: Sequence[RoleProgress], quiet_s: Mapping[str, float]) -> l
         parts = [f"  {row.role:<{name_width}}  {cells['step']:<{2 * len(str(row.total_steps)) + 1}}"]
         if row.newest is not None:
             parts += [f"loss {cells['loss']:>6}", f"ce {cells['cross-ent.']:>6}", f"{cells['tokens/s']:>5} tok/s"]
-            parts += [f"left {cells['time left']:<7}"]
+            left = cells["time left"]
+            parts += [f"left {left:<7}" if left[0].isdigit() else f"{left:<12}"]
             parts += [f"{name} {cells[name]}" for name in ("lag", "a", "label B/tok", "bits/byte") if cells[name]]
         lines.append("  ".join(parts).rstrip())
     return lines

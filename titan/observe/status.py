@@ -12,7 +12,7 @@ from rich.console import Console
 
 from titan.config.settings import RunConfig
 from titan.observe import words
-from titan.observe.events import event_text, event_time_s, read_events
+from titan.observe.events import event_time_s, read_events
 from titan.observe.files import Record, read_config, require_run_folder
 from titan.observe.metrics import Metric, StepMetric, read_metrics
 from titan.observe.progress import QUIET_S, RoleProgress, plain_lines, progress_table, role_names, waits
@@ -160,7 +160,7 @@ def role_rows(config: RunConfig, metrics: Sequence[Metric]) -> list[RoleProgress
 def failure_text(event: Record) -> str:
     """A `failed` event as one line: where, when, what."""
     place = [f"{name} {event[name]}" for name in ("role", "rank", "host", "step") if event.get(name) is not None]
-    error = event_text(str(event.get("error", "no reason given")), {})
+    error = " ".join(str(event.get("error", "no reason given")).split())
     return f"{', '.join(place)}: {error}" if place else error
 
 
