@@ -179,6 +179,7 @@ def test_an_event_is_echoed_as_one_readable_line(tmp_path: Path) -> None:
         log.emit("student_started", role="small", step=41, reason="lead 0.31\nreached 0.3", lead=0.312345)
     assert said == ["student started: role small, step 41, reason lead 0.31 reached 0.3, lead 0.3123"]
     assert event_text("drained", {"rank": None}) == "drained"
+    assert event_text("failed", {"trace": "x" * 9000}).endswith("xxx…")
 
 
 def test_an_event_may_not_overwrite_its_own_time(tmp_path: Path) -> None:

@@ -38,3 +38,9 @@ class RunError(TitanError):
 
 class WorkerError(RunError):
     """A rank of a role failed; the message has role, rank, step, host and the cause."""
+
+
+class RunStopped(TitanError):
+    """The run was asked to stop and did; it can be resumed."""
+
+    exit_code = 130

@@ -1,4 +1,4 @@
-"""The command line. Each command is a few lines over the floors below; a user's mistake is one line, never a traceback."""
+"""The command line: each command is a few lines over the floors below; a user's mistake is one line, no traceback."""
 
 import sys
 from pathlib import Path
@@ -93,24 +93,25 @@ def doctor() -> None:
 
 
 def _finish(folder: Path) -> None:
-    from titan.observe.report import headline  # type: ignore[attr-defined]
+    """Say what came out: whether distillation helped, and where to look."""
+    from titan.observe.files import read_config
+    from titan.observe.metrics import read_metrics
+    from titan.observe.verdict import verdict
 
-    print(headline(folder))
+    for sentence in verdict(read_config(folder), read_metrics(folder), finished=True):
+        print(sentence)
+    print(f"report: {folder / 'report.html'}, picture: {folder / 'report.png'}")
 
 
 def main() -> None:
     """Entry point: errors of the user's making end in one line a mistake and a non-zero exit code."""
     try:
-        app(standalone_mode=False)
+        sys.exit(app(standalone_mode=False))
     except TitanError as error:
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"titan: {line}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("titan: stopped; `titan resume RUN` goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
     except Exception as error:

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 
@@ -21,7 +22,7 @@ from titan.data.prepare import PrepareProgress, prepare_corpus
 from titan.data.sampler import Sampler
 from titan.distill.log import reopen
 from titan.distill.rank import TEACHER, RoleReport
-from titan.errors import ConfigError, RunError
+from titan.errors import ConfigError, RunError, RunStopped
 from titan.observe.events import EventLog
 from titan.observe.live import LiveDisplay
 from titan.observe.metrics import MetricsLog
@@ -57,7 +58,9 @@ def new_run(config: RunConfig, overwrite: bool, console: Console) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.toml").write_text(dump_config(config))
     except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror}; choose another run.dir or make it writable") from None
+        raise RunError(
+            f"cannot write to {folder}: {error.strerror}; choose another run.dir or make it writable"
+        ) from None
     return _execute(config, folder, console)
 
 
@@ -136,14 +139,16 @@ def _execute(config: RunConfig, folder: Path, console: Console) -> Path:
             if status == "failed":
                 events.emit("error", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
             events.emit("run_finished", status=status, wall_s=round(time.monotonic() - begin, 1))
+            if status == "stopped":
+                raise RunStopped(f"stopped at once; `titan resume {folder}` goes on from the last checkpoint") from None
             raise
         wall_s = time.monotonic() - begin
-        status = "stopped" if outcome.stopped else "finished"
-        write_summary(folder, config, _results(outcome), wall_s, status)
-        events.emit("run_finished", status=status, wall_s=round(wall_s, 1))
+        ended: Literal["stopped", "finished"] = "stopped" if outcome.stopped else "finished"
+        write_summary(folder, config, _results(config, outcome), wall_s, ended)
+        events.emit("run_finished", status=ended, wall_s=round(wall_s, 1))
     write_report(folder)
     if outcome.stopped:
-        raise KeyboardInterrupt
+        raise RunStopped(f"stopped at step {outcome.reports[TEACHER].step}; `titan resume {folder}` goes on from there")
     return folder
 
 
@@ -164,7 +169,7 @@ def _resume_points(config: RunConfig, folder: Path) -> dict[str, int]:
     return resumed
 
 
-def _results(outcome: Outcome) -> Mapping[str, RoleResult]:
+def _results(config: RunConfig, outcome: Outcome) -> Mapping[str, RoleResult]:
     def result(report: RoleReport) -> RoleResult:
         labels = report.extra
         return RoleResult(
@@ -172,7 +177,7 @@ def _results(outcome: Outcome) -> Mapping[str, RoleResult]:
             tokens=report.tokens,
             tokens_per_s=report.tokens / report.train_seconds if report.train_seconds else 0.0,
             heldout_bits_per_byte=report.heldout_bits_per_byte,
-            steps=report.step,
+            steps=report.tokens // (config.data.batch_size * config.data.sequence_length),
             labels_consumed=_whole(labels.get("labels_consumed")),
             labels_missed=_whole(labels.get("labels_missed")),
             labels_repeated=_whole(labels.get("labels_repeated")),
@@ -180,7 +185,7 @@ def _results(outcome: Outcome) -> Mapping[str, RoleResult]:
             label_bytes_per_token=labels.get("label_bytes_per_token"),
         )
 
-    return {role: result(report) for role, report in outcome.reports.items()}
+    return {role: result(outcome.reports[role]) for role in role_names(config)}
 
 
 def _whole(value: float | None) -> int | None:
@@ -192,9 +197,13 @@ def _forbidden_changes(before: RunConfig, after: RunConfig) -> list[str]:
 
     def flat(value: object, name: str) -> dict[str, object]:
         if isinstance(value, dict):
-            return {k: v for key, item in value.items() for k, v in flat(item, f"{name}.{key}" if name else key).items()}
+            return {
+                k: v for key, item in value.items() for k, v in flat(item, f"{name}.{key}" if name else key).items()
+            }
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            return {k: v for i, item in enumerate(value) for k, v in flat(item, f"{name}.{item.get('name', i)}").items()}
+            return {
+                k: v for i, item in enumerate(value) for k, v in flat(item, f"{name}.{item.get('name', i)}").items()
+            }
         return {name: value}
 
     old, new = (flat(config.model_dump(mode="json"), "") for config in (before, after))

@@ -51,10 +51,10 @@ class RankActor:
             cause = str(error) if isinstance(error, TitanError) else f"{type(error).__name__}: {error}"
             where = f"{who['role']} rank {who['rank']} on {who['host']}, step {who['step']}"
             secondary = not isinstance(error, TitanError) and "gloo" in str(error).lower()
-            raise RankFailure(f"{where}: {cause}", who, secondary, traceback.format_exc()) from None
+            raise RankError(f"{where}: {cause}", who, secondary, traceback.format_exc()) from None
 
 
-class RankFailure(WorkerError):
+class RankError(WorkerError):
     """What an actor raises: the message, who it was, whether it only noticed another's failure, and the traceback."""
 
     def __init__(self, message: str, who: dict[str, Any], secondary: bool, trace: str):

@@ -15,7 +15,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from titan.cluster.rank_actor import RankActor, RankFailure
+from titan.cluster.rank_actor import RankActor, RankError
 from titan.cluster.session import discover
 from titan.config.settings import RunConfig
 from titan.distill.rank import TEACHER, RankSpec, RoleReport
@@ -209,9 +209,9 @@ class Supervisor:
         """The error to show: the cause, not those who noticed it."""
         self.state = State.LOST
         died = [error for error in failures if isinstance(error, ActorDiedError | ActorUnavailableError)]
-        own = [error for error in failures if isinstance(error, RankFailure) and not error.secondary]
+        own = [error for error in failures if isinstance(error, RankError) and not error.secondary]
         first = (own or died or list(failures))[0]
-        if isinstance(first, RankFailure):
+        if isinstance(first, RankError):
             self.events.emit("failed", **first.who, error=str(first), trace=first.trace)
             return WorkerError(str(first))
         message = self._describe_death(first)
@@ -266,7 +266,7 @@ def _error_of(ref: Any) -> Exception | None:
     try:
         ray.get(ref, timeout=NEWS_TIMEOUT_S)
     except RayTaskError as error:
-        cause = error.cause
+        cause: object = error.cause
         return cause if isinstance(cause, Exception) else error
     except RayError as error:
         return error

@@ -7,7 +7,7 @@ from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettin
 
 def find_mistakes(config: RunConfig) -> list[str]:
     """All contradictions in a config whose types are right."""
-    mistakes = []
+    mistakes: list[str] = []
     roles = [("teacher", config.teacher.model, config.teacher.layout, config.teacher.optimizer)]
     roles += [(f"students.{s.name}", s.model, s.layout, s.optimizer) for s in config.students]
     for name, model, layout, optimizer in roles:
@@ -69,8 +69,10 @@ def _layout_mistakes(name: str, model: ModelSettings, layout: LayoutSettings, co
 
 
 def _optimizer_mistakes(name: str, optimizer: OptimizerSettings) -> Iterator[str]:
-    if optimizer.final_fraction < 1.0 and optimizer.schedule == "constant" and "final_fraction" in (
-        optimizer.model_fields_set
+    if (
+        optimizer.final_fraction < 1.0
+        and optimizer.schedule == "constant"
+        and "final_fraction" in (optimizer.model_fields_set)
     ):
         yield f"{name}.final_fraction is {optimizer.final_fraction}, but schedule is 'constant'; leave it out"
 

@@ -79,7 +79,7 @@ def iter_documents(file: SourceFile, text_field: str) -> Iterator[Document] | No
     try:
         documents = _documents_of(file, text_field)
     except OSError as error:
-        raise _unreadable(file, error) from None
+        raise _unreadable(file.path, error) from None
     return None if documents is None else _guarded(file, documents)
 
 
@@ -87,11 +87,11 @@ def _guarded(file: SourceFile, documents: Iterator[Document]) -> Iterator[Docume
     try:
         yield from documents
     except OSError as error:
-        raise _unreadable(file, error) from None
+        raise _unreadable(file.path, error) from None
 
 
-def _unreadable(file: SourceFile, error: OSError) -> DataError:
-    return DataError(f"data.sources: cannot read {file.path}: {error.strerror or error}; check the file and run again")
+def _unreadable(path: str, error: OSError) -> DataError:
+    return DataError(f"data.sources: cannot read {path}: {error.strerror or error}; check it and run again")
 
 
 def _documents_of(file: SourceFile, text_field: str) -> Iterator[Document] | None:
@@ -141,7 +141,7 @@ def _files_of(source: str) -> Iterator[SourceFile]:
 
 
 def _folder_files(folder: str) -> Iterator[SourceFile]:
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder, onerror=_refuse_folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             if name.startswith(".") or not _is_taken_from_folders(name):
@@ -149,6 +149,10 @@ def _folder_files(folder: str) -> Iterator[SourceFile]:
             path = os.path.join(parent, name)
             if os.path.isfile(path):  # a dangling link or a socket is not
                 yield _source_file(path, explicit=False)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise _unreadable(str(error.filename), error)
 
 
 def _stdlib_files() -> Iterator[SourceFile]:
@@ -164,7 +168,10 @@ def _stdlib_files() -> Iterator[SourceFile]:
 
 
 def _source_file(path: str, explicit: bool, kind: str | None = None) -> SourceFile:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise _unreadable(path, error) from None
     return SourceFile(path, status.st_size, status.st_mtime_ns, kind or _kind(path), explicit)
 
 

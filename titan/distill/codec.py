@@ -78,7 +78,8 @@ class LabelBlock:
         if self.log_norm_BS is None:
             assert temperature == 1.0, "a log without norms is a log at temperature 1"
             return self.log_prob_BSK
-        return (self.log_prob_BSK / np.float32(temperature) - self.log_norm_BS[..., None]).astype(np.float32)
+        tempered: np.ndarray = self.log_prob_BSK / np.float32(temperature) - self.log_norm_BS[..., None]
+        return tempered.astype(np.float32)
 
 
 def encode_block(block: LabelBlock, vocab_size: int) -> bytes:

@@ -219,8 +219,8 @@ class LabelReader:
         found = sum(block.ids_BSK.shape[0] for block in blocks)
         if found != commit.samples:
             raise LabelError(
-                f"{self.folder}: step {commit.step} is committed with {commit.samples} samples, but {found} are intact; "
-                "restore the part files, or delete the folder and start over"
+                f"{self.folder}: step {commit.step} is committed with {commit.samples} samples, but {found} are "
+                "intact; restore the part files, or delete the folder and start over"
             )
         return sorted(blocks, key=lambda block: block.first_sample), size
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from titan.checkpoint.folder import newest_step, step_folder
 from titan.checkpoint.load import Checkpoint
@@ -38,7 +39,7 @@ class RoleRank:
         self.step = 0
         self.stopping = threading.Event()
         self.news: queue.SimpleQueue[StepMetric | EvalMetric | dict[str, Any]] = queue.SimpleQueue()
-        self.store: dist.TCPStore | None = None
+        self.store: TCPStore | None = None
         self.train_seconds, self.tokens_here = 0.0, 0
 
     # --- joining ---
@@ -46,14 +47,14 @@ class RoleRank:
     def open_store(self, host: str) -> int:
         """On the lead: open the meeting point of the role's ranks and return its port."""
         timeout = timedelta(seconds=self.config.cluster.start_timeout_s)
-        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        self.store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         return int(self.store.port)
 
     def join(self, host: str, port: int) -> None:
         """Meet the other ranks, build this rank's part of the model and restore the newest checkpoint."""
         config, spec = self.config, self.spec
         timeout = timedelta(seconds=config.cluster.start_timeout_s)
-        store = self.store or dist.TCPStore(host, port, is_master=False, timeout=timeout)
+        store = self.store or TCPStore(host, port, is_master=False, timeout=timeout)
         settings = spec.settings
         self.world = join_world(
             spec.role, self.layout, spec.rank, self.platform, store, config.cluster.step_timeout_s, settings.model.tied

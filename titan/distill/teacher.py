@@ -97,4 +97,3 @@ class TeacherRank(RoleRank):
             self.labels.make_durable()
         if self.commits is not None:
             self.commits.make_durable()
-

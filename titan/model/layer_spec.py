@@ -18,7 +18,7 @@ from titan.ops.norm import rms_norm
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm that also works on a slice of the sequence; megatron-core's own asserts that away without CUDA kernels."""
+    """RMSNorm that also works on a slice of the sequence; megatron-core's own asserts that away on CPU."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
         super().__init__()

@@ -1,5 +1,8 @@
 """The part of a model that one stage holds: named blocks, numbers in, hidden states out."""
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import VocabParallelEmbedding
@@ -9,15 +12,30 @@ from torch.utils.checkpoint import checkpoint
 
 from titan.config.settings import ModelSettings
 from titan.model.layer_spec import RMSNorm, layer_spec, transformer_config
-from titan.plan.layout import Stage
 
 VOCAB_MULTIPLE = 64
 """The vocabulary is padded to a multiple of this in every layout, so that shapes do not depend on the layout."""
 
 
+def gradient_buffer(parameter: nn.Parameter) -> Tensor:
+    """The float32 slice of megatron-core's gradient buffer that belongs to a parameter."""
+    buffer: Tensor = parameter.main_grad  # type: ignore[attr-defined]
+    return buffer
+
+
 def padded_vocab(vocab_size: int) -> int:
     """Rows of the embedding and of the output weight."""
     return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Which blocks of a model: maybe the embedding, layers [first_layer, end_layer), maybe final norm and head."""
+
+    first_layer: int
+    end_layer: int
+    has_embedding: bool
+    has_head: bool
 
 
 class StageModel(nn.Module):
@@ -31,17 +49,18 @@ class StageModel(nn.Module):
         self,
         model: ModelSettings,
         vocab_size: int,
-        stage: Stage,
+        blocks: Blocks,
         groups: ProcessGroupCollection,
         dtype: torch.dtype,
         sequence_parallel: bool,
         recompute: bool,
     ):
         super().__init__()
-        self.config = transformer_config(model, dtype, stage.tp, sequence_parallel)
-        self.model, self.stage, self.recompute = model, stage, recompute
+        tp = groups.tp.size()
+        self.config = transformer_config(model, dtype, tp, sequence_parallel)
+        self.model, self.blocks, self.recompute = model, blocks, recompute
         rows = padded_vocab(vocab_size)
-        if stage.has_embedding or (stage.has_head and model.tied):
+        if blocks.has_embedding or (blocks.has_head and model.tied):
             self.embedding = VocabParallelEmbedding(
                 rows,
                 model.hidden,
@@ -54,13 +73,13 @@ class StageModel(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 str(index): build_module(spec, config=self.config, layer_number=index + 1, pg_collection=groups)
-                for index in range(stage.first_layer, stage.end_layer)
+                for index in range(blocks.first_layer, blocks.end_layer)
             }
         )
-        if stage.has_head:
+        if blocks.has_head:
             self.final_norm = RMSNorm(self.config, model.hidden, model.norm_eps)
             if not model.tied:
-                self.head = nn.Parameter(torch.empty(rows // stage.tp, model.hidden, dtype=dtype))
+                self.head = nn.Parameter(torch.empty(rows // tp, model.hidden, dtype=dtype))
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -72,17 +91,17 @@ class StageModel(nn.Module):
         """One micro-batch through this stage's blocks.
 
         inputs:  `rope` [S, 1, 1, D]; the first stage `tokens` [B, S] int64, a later one `hidden`
-                 [S, B, hidden] ([S / tp, B, hidden] with sequence parallelism); `mask` as in titan.ops.attention, if any
+                 [S, B, hidden] ([S / tp, B, hidden] with sequence parallelism); `mask` if any, as in titan.ops.attention
         returns: `hidden` of the same shape, after the final norm on the last stage
         """
-        hidden = self._embed(inputs["tokens"]) if self.stage.has_embedding else inputs["hidden"]
+        hidden = self._embed(inputs["tokens"]) if self.blocks.has_embedding else inputs["hidden"]
         for layer in self.layers.values():
-            arguments = {"attention_mask": inputs.get("mask"), "rotary_pos_emb": inputs["rope"]}
+            run = partial(layer, attention_mask=inputs.get("mask"), rotary_pos_emb=inputs["rope"])
             if self.recompute and torch.is_grad_enabled():
-                hidden, _ = checkpoint(layer, hidden, use_reentrant=False, preserve_rng_state=False, **arguments)
+                hidden, _ = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden, _ = layer(hidden, **arguments)
-        if self.stage.has_head:
+                hidden, _ = run(hidden)
+        if self.blocks.has_head:
             hidden = self.final_norm(hidden)
         return {"hidden": hidden}
 

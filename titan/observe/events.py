@@ -8,6 +8,8 @@ from typing import Self
 from titan.observe.files import Record, append_line, open_lines, read_lines, to_json
 
 FILE = "events.jsonl"
+LONGEST_TEXT = 300
+"""Characters of one value in a readable line; the file has all of them."""
 
 
 class EventLog:
@@ -61,7 +63,8 @@ def _value_text(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, str):
-        return " ".join(value.split())
+        text = " ".join(value.split())
+        return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key} {_value_text(item)}" for key, item in value.items()) + "}"
     return to_json(value)

@@ -15,8 +15,6 @@ from titan.observe.progress import QUIET_S, RoleProgress, plain_lines, progress_
 
 REDRAW_S = 0.25
 """Shortest time between two drawings of the table."""
-PHASE_S = 1.0
-"""Shortest time between two plain lines about one phase."""
 
 
 class LiveDisplay:
@@ -53,7 +51,8 @@ class LiveDisplay:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._draw()
+        if self._live is not None or self._news:
+            self._draw()
         if self._live is not None:
             self._live.stop()
 
@@ -76,8 +75,6 @@ class LiveDisplay:
         self._rows[metric.role].add(metric)
         if isinstance(metric, StepMetric):
             self._heard_s[metric.role] = time.monotonic()
-            if self._phase:
-                self.phase("")
         self._news = True
 
     def refresh(self) -> None:
@@ -85,11 +82,10 @@ class LiveDisplay:
         since_s = time.monotonic() - self._drawn_s
         if self._live is not None:
             due = since_s >= REDRAW_S
-        elif self._unsaid_phase:
-            due = since_s >= PHASE_S
+        elif self._unsaid_phase or self._news:
+            due = since_s >= self._plain_every_s
         else:
-            wait_s = self._plain_every_s if self._news else max(self._plain_every_s, QUIET_S)
-            due = bool(self._heard_s) and since_s >= wait_s
+            due = bool(self._heard_s) and since_s >= max(self._plain_every_s, QUIET_S)
         if due:
             self._draw()
 
@@ -103,7 +99,7 @@ class LiveDisplay:
             self._live.update(self._table(), refresh=True)
             return
         self._say_phase()
-        if self._news or (self._heard_s and not self._all_done()):
+        if self._heard_s and (self._news or not self._all_done()):
             self._news = False
             self._print(f"{time.strftime('%H:%M:%S')}  {self._header()}")
             for line in plain_lines(list(self._rows.values()), self._quiet_s()):

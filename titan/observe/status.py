@@ -38,7 +38,7 @@ class RunStatus:
     wall_s: float
     """Seconds since the run started, or was resumed, to now or to its end."""
     last_error: str
-    """The last failure as one line, empty if there was none since the run last started."""
+    """The last failure of a rank, or else of the driver, as one line; empty if there was none since the last start."""
     checkpoints: dict[str, int]
     """Newest checkpoint of each role that has one: its step."""
 
@@ -56,7 +56,7 @@ def read_status(folder: Path) -> RunStatus:
     over = state in ("finished", "stopped", "failed")
     start_s = event_time_s(this_part[0]) if this_part else now_s
     end_s = event_time_s(this_part[-1]) if over and this_part else now_s
-    failures = [event for event in this_part if event["event"] == "failed"]
+    failures = [event for name in ("error", "failed") for event in this_part if event["event"] == name]
     return RunStatus(
         name=config.run.name,
         state=state,

@@ -156,7 +156,10 @@ def _reduce(
 ) -> _Statistics:
     """Two reductions over the vocabulary: the maximum, then all sums and gathered logits packed together."""
     top_N = shard.all_reduce(logits_NV.amax(dim=1), dist.ReduceOp.MAX)
-    columns = [(logits_NV - top_N[:, None]).exp_().sum(dim=1, keepdim=True), _pick(logits_NV, targets_N[:, None], shard)]
+    columns = [
+        (logits_NV - top_N[:, None]).exp_().sum(dim=1, keepdim=True),
+        _pick(logits_NV, targets_N[:, None], shard),
+    ]
     if temperature != 1.0:
         columns.append(((logits_NV - top_N[:, None]) / temperature).exp_().sum(dim=1, keepdim=True))
     if labels is not None:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch._C._distributed_c10d import Store
 
 from titan.plan.layout import Layout, Place
 from titan.platform.device import Platform, join_process_group
@@ -44,7 +45,7 @@ class World:
 
 
 def join_world(
-    role: str, layout: Layout, rank: int, platform: Platform, store: dist.Store, timeout_s: float, tied: bool
+    role: str, layout: Layout, rank: int, platform: Platform, store: Store, timeout_s: float, tied: bool
 ) -> World:
     """Meet the other ranks of the role in `store` and form its groups. Every rank calls it once."""
     join_process_group(platform, store, rank, layout.num_ranks, timeout_s)
@@ -52,9 +53,9 @@ def join_world(
 
     def group_of(all_groups: list[list[int]]) -> dist.ProcessGroup:
         """Form every group, in one order on every rank; return the one this rank is in."""
-        mine = None
+        mine: dist.ProcessGroup | None = None
         for ranks in all_groups:
-            group = dist.new_group(ranks)
+            group: dist.ProcessGroup = dist.new_group(ranks)
             if rank in ranks:
                 mine = group
         assert mine is not None, "every rank is in one group of each kind"
@@ -79,4 +80,3 @@ def join_world(
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # scratch memory of sequence-parallel gathers; names no group
         parallel_state._set_global_memory_buffer()
     return World(role, layout, place, platform, groups, tied_group)
-

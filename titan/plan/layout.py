@@ -1,5 +1,6 @@
 """A role's layout as frozen data: its stages, which blocks each holds, and where every rank stands."""
 
+import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ HEAD = "head"
 
 @dataclass(frozen=True)
 class Stage:
-    """Named blocks of a model on `tp * dp` ranks: maybe the embedding, layers [first_layer, end_layer), maybe the head."""
+    """Named blocks on `tp * dp` ranks: maybe the embedding, layers [first_layer, end_layer), maybe the head."""
 
     index: int
     first_layer: int
@@ -109,4 +110,4 @@ def make_layout(model: ModelSettings, settings: LayoutSettings) -> Layout:
 def replica_shares(samples: int, dp: int) -> tuple[tuple[int, int], ...]:
     """[start, end) of each replica's samples in a micro-batch: integer shares that need not be equal."""
     bounds = [samples * replica // dp for replica in range(dp + 1)]
-    return tuple(zip(bounds[:-1], bounds[1:], strict=True))
+    return tuple(itertools.pairwise(bounds))

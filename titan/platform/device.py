@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import Store
 
 from titan.errors import PlatformError
 
@@ -56,7 +57,7 @@ def prepare_process(platform: Platform, threads: int = 1) -> None:
         torch.cuda.set_device(platform.device)
 
 
-def join_process_group(platform: Platform, store: dist.Store, rank: int, ranks: int, timeout_s: float) -> None:
+def join_process_group(platform: Platform, store: Store, rank: int, ranks: int, timeout_s: float) -> None:
     """Make this process `rank` of a world of `ranks` that meet in `store`."""
     dist.init_process_group(
         platform.backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s)

@@ -27,7 +27,7 @@ def install() -> None:
 
 
 def _import_megatron_without_compiling() -> None:
-    """megatron-core decorates small functions with torch.compile on import; on CPU that costs seconds and gains nothing."""
+    """megatron-core decorates small functions with torch.compile on import: on CPU that costs seconds for no gain."""
     compile_function = torch.compile
 
     def leave_as_it_is(function: Any = None, **_: Any) -> Any:

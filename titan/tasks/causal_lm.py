@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titan.model.stage import StageModel, gradient_buffer
 from titan.ops.head import HeadResult, Objective, SparseLabels, VocabShard, run_head
-from titan.parallel.stage import ParallelStage
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,14 @@ def make_micro_batch(
     return MicroBatch(both[:, :-1], both[:, 1:], weight_BS, labels)
 
 
-def vocab_shard(stage: ParallelStage, vocab_size: int) -> VocabShard:
+def vocab_shard(module: StageModel, vocab_size: int, group: dist.ProcessGroup) -> VocabShard:
     """Which rows of the output weight this tensor rank holds."""
-    rows = stage.module.output_weight.shape[0]
-    place = stage.world.place
-    group = stage.world.groups.tp if place.stage.tp > 1 else None
-    return VocabShard(place.tensor * rows, rows, vocab_size, group)
+    rows = module.output_weight.shape[0]
+    return VocabShard(group.rank() * rows, rows, vocab_size, group if group.size() > 1 else None)
 
 
 def run_task_head(
-    stage: ParallelStage,
+    module: StageModel,
     hidden: Tensor,
     batch: MicroBatch,
     shard: VocabShard,
@@ -69,7 +67,8 @@ def run_task_head(
     grad_scale: as in titan.ops.head; None only looks
     returns:    `grad_hidden_ND` reshaped like `hidden`; label rows run over (sample, position)
     """
-    whole = _whole_sequence(stage, hidden)
+    cut = module.config.sequence_parallel and shard.group is not None
+    whole = _whole_sequence(hidden, shard) if cut else hidden
     steps, batch_size, width = whole.shape
     device = whole.device
     sparse = None
@@ -77,7 +76,7 @@ def run_task_head(
         ids = torch.from_numpy(batch.labels.ids_BSK.astype(np.int64)).to(device)
         log_prob = torch.from_numpy(batch.labels.log_prob_BSK.astype(np.float32)).to(device)
         sparse = SparseLabels(_by_position(ids), _by_position(log_prob))
-    weight = stage.module.output_weight
+    weight = module.output_weight
     result = run_head(
         whole.reshape(-1, width),
         weight.detach(),
@@ -86,13 +85,13 @@ def run_task_head(
         shard,
         objective=objective,
         labels=sparse,
-        grad_weight_VD=None if grad_scale is None else weight.main_grad,
+        grad_weight_VD=None if grad_scale is None else gradient_buffer(weight),
         grad_scale=grad_scale or 0.0,
         top_k=top_k,
     )
     if result.grad_hidden_ND is not None:
         gradient = result.grad_hidden_ND.view(steps, batch_size, width)
-        result.grad_hidden_ND = _own_part(stage, gradient)
+        result.grad_hidden_ND = _own_part(gradient, shard) if cut else gradient
     return result
 
 
@@ -101,16 +100,15 @@ def _by_position(x: Tensor) -> Tensor:
     return x.transpose(0, 1).reshape(-1, *x.shape[2:])
 
 
-def _whole_sequence(stage: ParallelStage, hidden: Tensor) -> Tensor:
-    if not stage.module.config.sequence_parallel:
-        return hidden
-    parts = [torch.empty_like(hidden) for _ in range(stage.world.place.stage.tp)]
-    dist.all_gather(parts, hidden.contiguous(), group=stage.world.groups.tp)
+def _whole_sequence(hidden: Tensor, shard: VocabShard) -> Tensor:
+    """Gather the slices of the sequence from the tensor ranks."""
+    assert shard.group is not None
+    parts = [torch.empty_like(hidden) for _ in range(shard.group.size())]
+    dist.all_gather(parts, hidden.contiguous(), group=shard.group)
     return torch.cat(parts)
 
 
-def _own_part(stage: ParallelStage, gradient: Tensor) -> Tensor:
-    if not stage.module.config.sequence_parallel:
-        return gradient
-    place = stage.world.place
-    return gradient.chunk(place.stage.tp)[place.tensor]
+def _own_part(gradient: Tensor, shard: VocabShard) -> Tensor:
+    """This rank's slice of the sequence."""
+    assert shard.group is not None
+    return gradient.chunk(shard.group.size())[shard.group.rank()]

@@ -39,7 +39,9 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     saved = checkpoint.manifest["model"]
     own = trainer.settings.model.model_dump()
     if saved != own:
-        different = ", ".join(f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key])
+        different = ", ".join(
+            f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]
+        )
         raise CheckpointError(f"{checkpoint.folder} is of another model: {different}")
     place = trainer.world.place
     with torch.no_grad():

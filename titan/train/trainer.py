@@ -37,7 +37,7 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class LabelPart:
-    """Labels that this rank made: samples [start, start + rows / S) of the step's batch, rows over (position, sample)."""
+    """Labels that this rank made for samples [start, start + samples) of the batch; rows over (position, sample)."""
 
     start: int
     samples: int
@@ -71,7 +71,9 @@ class Trainer:
         self.optimizer = RoleOptimizer(self.stage, settings.optimizer, self.dtype)
         self.executor = PipelineExecutor(world, self.dtype)
         self.rope = rope_angles(settings.model, settings.sequence_length, world.platform.device)
-        self.shard = vocab_shard(self.stage, settings.vocab_size) if world.place.stage.has_head else None
+        self.shard = None
+        if world.place.stage.has_head:
+            self.shard = vocab_shard(self.stage.module, settings.vocab_size, world.groups.tp)
 
     def step(
         self,
@@ -103,7 +105,7 @@ class Trainer:
             assert self.shard is not None
             first, batch = batches[index]
             result = run_task_head(
-                self.stage, hidden, batch, self.shard, objective, grad_scale=grad_scale, top_k=top_k
+                self.stage.module, hidden, batch, self.shard, objective, grad_scale=grad_scale, top_k=top_k
             )
             sums.add_(torch.stack([result.cross_entropy, result.divergence]).cpu())
             if result.labels is not None and self.world.place.tensor == 0:
@@ -139,7 +141,8 @@ class Trainer:
             weight = np.concatenate([np.ones(len(piece)), np.zeros(missing)])
             piece = np.concatenate([piece, np.repeat(tokens[:1], missing, axis=0)])
             sums += self._forward(piece, weight)
-        return self._total(sums, [])[0] / (len(tokens) * (tokens.shape[1] - 1))
+        mean: float = self._total(sums, [])[0] / (len(tokens) * (tokens.shape[1] - 1))
+        return mean
 
     def _forward(self, tokens: np.ndarray, weight: np.ndarray) -> torch.Tensor:
         batches = self._micro_batches(tokens, weight, None)
@@ -148,7 +151,7 @@ class Trainer:
         def head(index: int, hidden: torch.Tensor) -> torch.Tensor | None:
             assert self.shard is not None
             result = run_task_head(
-                self.stage, hidden, batches[index][1], self.shard, Objective(), grad_scale=None
+                self.stage.module, hidden, batches[index][1], self.shard, Objective(), grad_scale=None
             )
             sums[0] += result.cross_entropy.cpu()
             return None
@@ -169,7 +172,7 @@ class Trainer:
     def _micro_batches(
         self, tokens: np.ndarray, weight: np.ndarray, labels: SampleLabels | None
     ) -> list[tuple[int, MicroBatch]]:
-        """This replica's share of every micro-batch, with the index of its first sample in the batch."""
+        """Own share of every micro-batch, with the index of its first sample in the batch."""
         place, number = self.world.place, self.world.layout.micro_batches
         size = len(tokens) // number
         start, end = replica_shares(size, place.stage.dp)[place.replica]

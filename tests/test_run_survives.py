@@ -1,0 +1,128 @@
+"""Runs are started, killed, stopped and resumed as a user would; what they end with is compared bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.runs import kill_tree, processes_under, start_titan, titan, wait_for_step, weights, write_tiny_config
+from titan.checkpoint.load import Checkpoint
+from titan.config.load import load_config
+from titan.model.parameters import parameter_specs
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+ROLES = ("teacher", "early", "late")
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.toml and the run `tiny`, never disturbed."""
+    folder = tmp_path_factory.mktemp("survive")
+    write_tiny_config(folder)
+    result = titan("run", "tiny.toml", cwd=folder)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(workplace: Path) -> Path:
+    """The run `killed`: driver and all its processes got SIGKILL at a random step."""
+    step = random.randint(3, 34)
+    print(f"killing at step {step}")
+    run = workplace / "runs" / "killed"
+    process = start_titan("run", "tiny.toml", "--set", "run.name=killed", cwd=workplace)
+    wait_for_step(run, "teacher", step, process)
+    kill_tree(process.pid)
+    process.communicate()
+    return run
+
+
+def test_an_undisturbed_run_learns_every_label_once_and_leaves_no_process(workplace: Path) -> None:
+    summary = json.loads((workplace / "runs/tiny/summary.json").read_text())
+    assert list(summary["roles"]) == list(ROLES)
+    early = summary["roles"]["early"]
+    assert early["labels_consumed"] == (40 - 5) * 8
+    for name in ("early", "late"):
+        assert summary["roles"][name]["labels_missed"] == summary["roles"][name]["labels_repeated"] == 0
+    assert processes_under(workplace) == []
+
+
+def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, killed: Path) -> None:
+    shutil.copytree(killed, workplace / "runs" / "moved")  # for the next test
+    result = titan("resume", "runs/killed", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    for role in ROLES:
+        expected, found = weights(workplace / "runs/tiny", role, 40), weights(killed, role, 40)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[key], found[key]) for key in expected), role
+    summary = json.loads((killed / "summary.json").read_text())
+    assert summary["roles"]["early"]["labels_consumed"] == (40 - 5) * 8
+    assert summary["roles"]["early"]["labels_repeated"] == 0
+
+
+def test_a_killed_run_resumes_in_another_layout_within_rounding(workplace: Path, killed: Path) -> None:
+    layouts = ["teacher.layout.tp=1", "teacher.layout.pp=2", "students.early.layout.pp=1", "students.early.layout.dp=2"]
+    layouts += ["students.early.layout.shard=2"]
+    overrides = [part for layout in layouts for part in ("--set", layout)]
+    result = titan("resume", "runs/moved", *overrides, cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    config = load_config(workplace / "tiny.toml")
+    for role in ROLES:
+        model = config.teacher.model if role == "teacher" else next(s for s in config.students if s.name == role).model
+        ends = [
+            Checkpoint(workplace / "runs" / name / "checkpoints" / role / "step-00000040") for name in ("tiny", "moved")
+        ]
+        for name, spec in parameter_specs(model, 512).items():
+            expected, found = (end.whole("weight", name, spec) for end in ends)
+            assert (expected - found).abs().max() < 1e-5, f"{role} {name}"
+
+
+def test_ctrl_c_stops_cleanly_and_the_run_resumes_to_the_same_bits(workplace: Path) -> None:
+    run = workplace / "runs" / "stopped"
+    process = start_titan("run", "tiny.toml", "--set", "run.name=stopped", cwd=workplace)
+    wait_for_step(run, "teacher", 3, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "titan resume" in err and "Traceback" not in err
+    assert processes_under(workplace) == []
+    result = titan("resume", "runs/stopped", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    for role in ROLES:
+        expected, found = weights(workplace / "runs/tiny", role, 40), weights(run, role, 40)
+        assert all(torch.equal(expected[key], found[key]) for key in expected), role
+
+
+def test_the_teacher_is_the_same_bit_for_bit_without_students(workplace: Path) -> None:
+    config = (workplace / "tiny.toml").read_text()
+    head, _, rest = config.partition("[[students]]")
+    alone = workplace / "alone.toml"
+    alone.write_text(head.replace('"tiny"', '"alone"') + rest[rest.index("[checkpoint]") :])
+    result = titan("run", "alone.toml", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    expected, found = (weights(workplace / "runs" / name, "teacher", 40) for name in ("tiny", "alone"))
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_a_rank_that_dies_ends_the_run_with_one_readable_line(workplace: Path) -> None:
+    import psutil
+
+    run = workplace / "runs" / "hurt"
+    process = start_titan("run", "tiny.toml", "--set", "run.name=hurt", "--set", "run.steps=4000", cwd=workplace)
+    wait_for_step(run, "teacher", 3, process)
+    plan = [
+        child
+        for child in psutil.Process(process.pid).children(recursive=True)
+        if "RankActor" in child.name() or "RankActor" in " ".join(child.cmdline())
+    ]
+    plan[0].kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert "rank" in err and "step" in err
+    assert processes_under(workplace) == []
+    assert titan("status", "runs/hurt", cwd=workplace).returncode == 0
