@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worlds import (  # isort: skip  (sets the process up before megatron-core is imported)
+from tests.worlds import (
     BATCH,
     GQA,
     LENGTH,
@@ -25,7 +25,6 @@ from worlds import (  # isort: skip  (sets the process up before megatron-core i
     save_checkpoint,
     tokens_of,
 )
-
 from titan.checkpoint.folder import step_folder
 from titan.checkpoint.load import Checkpoint
 from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, Precision
@@ -96,7 +95,7 @@ def follow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 def assert_same(many: list[History], alone: History) -> None:
     """The issue's bounds: losses within 1e-5, gradient norms within 1e-4 relative, on every rank."""
-    assert alone[0][0] - alone[-2][0] > 0.1, "the reference learned something"
+    assert alone[0][0] - alone[-2][0] > 0.02, "the reference learned something"
     for history in many:
         assert history == many[0], "every rank reports the same"
     for step, (got, want) in enumerate(zip(many[0], alone, strict=True), START + 1):
@@ -172,15 +171,15 @@ def test_two_tensor_ranks_follow_one_process_for_a_few_steps(follow: Any) -> Non
 def test_half_precision_stays_near_single_precision_in_any_layout(
     follow: Any, layout: LayoutSettings, precision: Precision
 ) -> None:
-    """A logit of about 4 is rounded by at most 2^-8 (bf16, 8 bits) or 2^-11 (fp16, 11 bits) of itself; the mean over 1024
-    tokens keeps a tenth of that at most, and thirty steps of slightly other gradients add as much again.
+    """bf16 rounds a value by at most 2^-9 of itself, fp16 by 2^-12. The loss stays within one rounding; the norm, in
+    which the roundings of many layers add up, within five.
     """
-    many, alone = follow(layout, precision=precision, reference="fp32")
-    loss, norm = (2e-2, 1e-1) if precision == "bf16" else (2.5e-3, 1.25e-2)
+    many, alone = follow(layout, precision=precision, reference="fp32", steps=12)
+    rounding = 2.0**-9 if precision == "bf16" else 2.0**-12
     assert all(history == many[0] for history in many)
     for step, (got, want) in enumerate(zip(many[0], alone, strict=True), START + 1):
-        assert got[0] == pytest.approx(want[0], abs=loss), f"cross-entropy of step {step}"
-        assert got[2] == pytest.approx(want[2], rel=norm), f"gradient norm of step {step}"
+        assert got[0] == pytest.approx(want[0], abs=rounding), f"cross-entropy of step {step}"
+        assert got[2] == pytest.approx(want[2], rel=5 * rounding), f"gradient norm of step {step}"
 
 
 def overflow_on_one_rank(world: World, layout: LayoutSettings, culprit: int) -> list[tuple[Any, ...]]:
@@ -222,7 +221,7 @@ def test_an_overflow_on_one_rank_skips_the_step_on_all_and_a_second_halves_the_s
 
 
 class PlainModel:
-    """A Llama-shaped decoder, its AdamW and its clipping, in float64 and nothing but torch; weights by titan's names."""
+    """A Llama-shaped decoder, its AdamW and its clipping, in float64 and nothing but torch; titan's names."""
 
     def __init__(self, model: ModelSettings, optimizer: OptimizerSettings):
         self.model, self.optimizer, self.steps = model, optimizer, 0
@@ -243,7 +242,7 @@ class PlainModel:
         return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1)
 
     def attention(self, x: Tensor, layer: str) -> Tensor:
-        model, (batch, length, hidden) = self.model, x.shape
+        model, (batch, length, _) = self.model, x.shape
         groups, width = model.num_kv_heads, model.hidden // model.heads
         queries = model.heads // groups
         qkv = (x @ self.weights[f"{layer}.self_attention.linear_qkv.weight"].T).view(batch, length, groups, -1, width)
@@ -265,7 +264,7 @@ class PlainModel:
             inner = self.norm(hidden, f"{layer}.pre_mlp_layernorm.weight")
             gate, up = (inner @ self.weights[f"{layer}.mlp.linear_fc1.weight"].T).chunk(2, -1)
             hidden = hidden + (gate * gate.sigmoid() * up) @ self.weights[f"{layer}.mlp.linear_fc2.weight"].T
-        output = self.weights["embedding.weight" if self.model.tied else "head.weight"]
+        output = self.weights["embedding.weight" if self.model.tied else "head"]
         return (self.norm(hidden, "final_norm.weight") @ output.T)[..., :VOCAB]
 
     def step(self, tokens: np.ndarray, rate: float) -> tuple[float, float]:
@@ -286,7 +285,7 @@ class PlainModel:
                 unbiased = first / (1 - settings.beta1**self.steps)
                 root = (second / (1 - settings.beta2**self.steps)).sqrt()
                 weight.sub_(rate * unbiased / (root + settings.eps))
-        return float(loss), norm
+        return loss.item(), norm
 
 
 def plain_history(world: World, model: ModelSettings, optimizer: OptimizerSettings, steps: int) -> History:
@@ -302,7 +301,7 @@ def test_one_process_follows_a_plain_float64_model(kind: str) -> None:
     (got,) = run_world(ALONE, plain_history, model, optimizer, steps, model=model)
     plain = PlainModel(model, optimizer)
     want = [plain.step(tokens_of(step), RATE) for step in range(steps)]
-    assert want[0][0] - want[-1][0] > 0.1 and max(norm for _, norm in want) > 0.5 > 0.0, "it learns, and is clipped"
+    assert want[0][0] - want[-1][0] > 0.1 and any(norm > optimizer.clip for _, norm in want), "it learns and is clipped"
     for step, ((loss, _, norm), (plain_loss, plain_norm)) in enumerate(zip(got, want, strict=True)):
         assert loss == pytest.approx(plain_loss, abs=1e-5), f"cross-entropy of step {step}"
         assert norm == pytest.approx(plain_norm, rel=1e-4), f"gradient norm of step {step}"

@@ -181,7 +181,13 @@ def save_checkpoint(trainer: Trainer, folder: Path, step: int, keep: int = 9) ->
     """What a role saves, without the role."""
     world = trainer.world
     writer = CheckpointWriter(folder, world.place.rank, world.layout.num_ranks, keep, GLOO_TIMEOUT_S)
-    manifest = {"role": world.role, "model": trainer.settings.model.model_dump(), "state": trainer_state(trainer)}
+    settings = trainer.settings
+    manifest = {
+        "role": world.role,
+        "model": settings.model.model_dump(),
+        "vocab_size": settings.vocab_size,
+        "state": trainer_state(trainer),
+    }
     writer.save(step, trainer_pieces(trainer), manifest)
     writer.wait()
     world.sum_over_ranks([0.0])  # complete once every rank is here

@@ -7,6 +7,7 @@ folder ends in `.partial`; the rename is the commit, so a half-written checkpoin
 import json
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +36,28 @@ def newest_step(role_folder: Path) -> int | None:
     return max(complete_steps(role_folder), default=None)
 
 
+def encode_manifest(manifest: dict[str, Any]) -> bytes:
+    """Manifest as JSON with a checksum of itself."""
+    return json.dumps(manifest | {"crc32": _checksum(manifest)}, indent=1).encode()
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Manifest of a complete checkpoint. Raises CheckpointError if it is missing or not JSON."""
+    """Manifest of a complete checkpoint. Raises CheckpointError if it is missing or damaged."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
         raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (json.JSONDecodeError, UnicodeDecodeError):
+        manifest = None
+    if not isinstance(manifest, dict) or manifest.pop("crc32", None) != _checksum(manifest):
         raise CheckpointError(
             f"{folder / MANIFEST} is damaged; delete {folder.name}, the run then goes on from the checkpoint before it"
-        ) from None
+        )
     return manifest
+
+
+def _checksum(manifest: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def remove_partial(role_folder: Path) -> None:

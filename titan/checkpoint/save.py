@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from titan.checkpoint.folder import MANIFEST, PARTIAL, keep_newest, step_folder
+from titan.checkpoint.folder import MANIFEST, PARTIAL, encode_manifest, keep_newest, step_folder
 from titan.checkpoint.pieces import Piece
 from titan.errors import CheckpointError
 
@@ -59,8 +59,11 @@ class CheckpointWriter:
             partial = final.with_name(final.name + PARTIAL)
             partial.mkdir(parents=True, exist_ok=True)
             data = save(snapshot)
-            write_durably(partial / f"rank-{self.rank:05d}.safetensors", data)
-            receipt = {"bytes": len(data), "crc32": zlib.crc32(data)}
+            checksum = zlib.crc32(data)
+            # the checksum in the name keeps two writers of one step, say a rank thought dead, out of each other's files
+            name = f"rank-{self.rank:05d}-{checksum:08x}.safetensors"
+            write_durably(partial / name, data)
+            receipt = {"name": name, "bytes": len(data), "crc32": checksum}
             write_durably(partial / f"rank-{self.rank:05d}.json", json.dumps(receipt).encode())
             if self.rank == 0:
                 self._commit(partial, final, manifest)
@@ -80,10 +83,12 @@ class CheckpointWriter:
                         f"{self.role_folder} on storage that all ranks share?"
                     )
                 time.sleep(0.02)
-            files[f"rank-{rank:05d}.safetensors"] = json.loads(receipt.read_text())
-        write_durably(partial / MANIFEST, json.dumps(manifest | {"files": files}, indent=1).encode())
+            content = json.loads(receipt.read_text())
+            files[content.pop("name")] = content
+        write_durably(partial / MANIFEST, encode_manifest(manifest | {"files": files}))
         for rank in range(self.ranks):
             (partial / f"rank-{rank:05d}.json").unlink()
+        sync_folder(partial)
         partial.rename(final)
         sync_folder(final.parent)
         keep_newest(self.role_folder, self.keep)
@@ -91,7 +96,7 @@ class CheckpointWriter:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a whole file so that it is either absent or complete, even after a power cut."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     with open(temporary, "wb") as file:
         file.write(data)
         file.flush()

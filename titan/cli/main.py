@@ -1,14 +1,17 @@
 """The command line: each command is a few lines over the floors below; a user's mistake is one line, no traceback."""
 
+import os
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
 
 from titan.config.load import load_config
-from titan.errors import TitanError
+from titan.errors import ConfigError, TitanError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,11 +51,21 @@ def resume(folder: RunFolder, overrides: Overrides = None) -> None:
 def tokenize(file: RunFile, overrides: Overrides = None) -> None:
     """Prepare the corpus of a run without training."""
     from titan.cluster.launch import prepare_data
-    from titan.data.corpus import Corpus
 
-    folder = prepare_data(load_config(file, overrides or []))
-    corpus = Corpus.open(folder)
-    print(f"{folder}: {corpus.num_tokens('train'):,} training tokens, {corpus.num_tokens('heldout'):,} held out")
+    corpus = prepare_data(load_config(file, overrides or []))
+    print(f"{corpus.folder}: {corpus.num_tokens('train'):,} training tokens, {corpus.num_tokens('heldout'):,} held out")
+
+
+@app.command()
+def plan(
+    file: RunFile,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, the content of plan.json.")] = False,
+) -> None:
+    """Who would compute what, and on which machine, without training."""
+    from titan.cli.plan import show_plan
+
+    show_plan(load_config(file, overrides or []), Console(), as_json)
 
 
 @app.command()
@@ -74,22 +87,29 @@ def report(folder: RunFolder) -> None:
 @app.command()
 def export(
     folder: RunFolder,
-    out: Annotated[Path, typer.Option(help="Folder to write to; must not exist or be empty.")],
-    student: Annotated[str | None, typer.Option(help="Which student; without it, the teacher.")] = None,
-    format: Annotated[str, typer.Option(help="Only `llama` so far.")] = "llama",
+    out: Annotated[Path, typer.Option(help="Folder to write to; must not exist or be empty.", metavar="DIR")],
+    student: Annotated[str | None, typer.Option(help="Which student; without it, the teacher.", metavar="NAME")] = None,
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="Type of the weights.")] = "fp32",
+    step: Annotated[int | None, typer.Option(help="Which checkpoint; without it, the newest.")] = None,
+    format: Annotated[Literal["llama"], typer.Option(help="Kind of model folder.")] = "llama",
 ) -> None:
     """Write a model as a Hugging Face folder: safetensors, config.json and the tokenizer."""
-    from titan.cli.export import export_role
+    warnings.simplefilter("ignore")  # of megatron-core, on import, about what `titan doctor` says better
+    from titan.checkpoint.export import export_role
 
-    print(export_role(folder, student, format, out))
+    done = export_role(folder, student, out, dtype=dtype, step=step)
+    print(f"{done.folder}: {done.role} of step {done.step}, {done.num_parameters:,} parameters, {dtype}, as {format}")
 
 
 @app.command()
-def doctor() -> None:
-    """What this machine can do, which back ends are chosen, and why."""
+def doctor(
+    ray: Annotated[bool, typer.Option("--ray", help="Also start a local Ray and stop it; some seconds more.")] = False,
+) -> None:
+    """What this machine can do, which back ends are chosen, and why; exit code 1 if a run cannot start."""
     from titan.cli.doctor import print_findings
 
-    print_findings(Console())
+    if not print_findings(Console(), try_ray=ray):
+        raise typer.Exit(1)
 
 
 def _finish(folder: Path) -> None:
@@ -108,18 +128,34 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except TitanError as error:
-        for line in str(error).splitlines() or [type(error).__name__]:
-            print(f"titan: {line}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        lines = str(error).splitlines() if isinstance(error, ConfigError) else [_one_line(error)]
+        _leave(lines, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("titan: stopped; `titan resume RUN` goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _leave(["stopped; `titan resume RUN` goes on from the last checkpoint"], 130)
+    except BrokenPipeError:  # `titan status | head`: nobody reads on, and Python's last flush must not complain
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # what no floor below had a better word for: a full disk, a folder that may not be written
+        place = f"{error.filename}: " if error.filename else ""
+        _leave([f"{place}{error.strerror or _one_line(error)}; make room or choose a path that can be used"], 1)
     except Exception as error:
-        show, exit_code = getattr(error, "show", None), getattr(error, "exit_code", None)
-        if show is None or exit_code is None:
+        message, exit_code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+        if message is None or exit_code is None:
             raise
-        show()  # a wrong option or argument
-        sys.exit(exit_code)
+        if len(sys.argv) < 2:
+            sys.exit(exit_code)  # no command at all: the help has been printed
+        command = getattr(getattr(error, "ctx", None), "command_path", "titan")
+        _leave([f"{_one_line(message()).rstrip('.')}; see `{command} --help`"], exit_code)
+
+
+def _leave(lines: Sequence[str], exit_code: int) -> NoReturn:
+    for line in lines:
+        print(f"titan: {line}", file=sys.stderr)
+    sys.exit(exit_code)
+
+
+def _one_line(error: Exception | str) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
 """A run from its config to its report: folder, corpus, Ray, roles, summary."""
 
+import errno
+import fcntl
 import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
 import titan
 from titan.checkpoint.folder import newest_step, remove_partial
-from titan.cluster.session import local_inventory, ray_session
+from titan.cluster.preflight import check_checkpoints, check_labels, check_start, forbidden_changes
+from titan.cluster.results import final_results, results_so_far
+from titan.cluster.session import ray_session
 from titan.cluster.supervisor import Outcome, Supervisor
 from titan.config.environment import user_cache_variable
 from titan.config.load import dump_config, load_config
@@ -20,20 +25,24 @@ from titan.config.settings import RunConfig
 from titan.data.corpus import Corpus
 from titan.data.prepare import PrepareProgress, prepare_corpus
 from titan.data.sampler import Sampler
+from titan.data.shards import INDEX_FILE
 from titan.distill.log import reopen
-from titan.distill.rank import TEACHER, RoleReport
-from titan.errors import ConfigError, RunError, RunStopped
-from titan.observe.events import EventLog
+from titan.distill.rank import TEACHER
+from titan.errors import ConfigError, DataError, RunError, RunStopped
+from titan.observe.events import EventLog, read_events
+from titan.observe.files import read_config, read_json, write_whole
 from titan.observe.live import LiveDisplay
 from titan.observe.metrics import MetricsLog
 from titan.observe.progress import role_names, waits
 from titan.observe.report import write_report
-from titan.observe.summary import RoleResult, write_summary
-from titan.plan.inventory import check_fits
-from titan.plan.layout import make_layout
+from titan.observe.summary import FILE as SUMMARY
+from titan.observe.summary import RunEnd, write_summary
 
-MAY_CHANGE = ("checkpoint", "cluster", "eval")
-"""Sections that may differ when a run is resumed; in roles, `layout` may."""
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST,
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
+"""What a system says when a folder cannot be written to."""
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -41,48 +50,64 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.run.dir) / config.run.name
 
 
+@dataclass(frozen=True)
+class Launch:
+    """What a run has when its ranks are to start."""
+
+    config: RunConfig
+    folder: Path
+    corpus: Corpus
+    resumed: Mapping[str, int]
+    """Step each role goes on from."""
+    display: LiveDisplay
+    begin_s: float
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the command was given."""
+        return time.monotonic() - self.begin_s
+
+
 def new_run(config: RunConfig, overwrite: bool, console: Console) -> Path:
-    """Start a run. Raises RunError if its folder holds a run already."""
-    check_local_fit(config)
+    """Start a run. Raises RunError if its folder holds a run already.
+
+    The corpus comes first: while it cannot be had, no folder is left behind and no old run is deleted.
+    """
+    begin_s = time.monotonic()
+    check_start(config)
     folder = run_folder(config)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not overwrite:
-            raise RunError(
-                f"{folder} exists; go on with `titan resume {folder}`, choose another --set run.name=..., "
-                "or start over with --overwrite"
-            )
-        if not (folder / "config.toml").is_file():
-            raise RunError(f"{folder} is no run folder (it has no config.toml), so --overwrite leaves it alone")
-        shutil.rmtree(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.toml").write_text(dump_config(config))
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {folder}: {error.strerror}; choose another run.dir or make it writable"
-        ) from None
-    return _execute(config, folder, console)
+    with _hold(folder, make=True), _display(config, console) as display:
+        _check_vacant(folder, overwrite)
+        corpus = prepare_data(config, display)
+        with _disk_errors(folder):
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+            write_whole(folder / "config.toml", dump_config(config).encode())
+        return _execute(Launch(config, folder, corpus, dict.fromkeys(role_names(config), 0), display, begin_s))
 
 
 def resume_run(folder: Path, overrides: list[str], console: Console) -> Path:
-    """Go on with a run from its newest checkpoints, maybe in other layouts."""
+    """Go on with a run from its newest checkpoints, maybe in other layouts. A finished run is left as it is."""
+    begin_s = time.monotonic()
     if not (folder / "config.toml").is_file():
         raise RunError(f"{folder} is no run folder: it has no config.toml; give the folder that `titan run` made")
-    before = load_config(folder / "config.toml")
+    before = read_config(folder)
     config = load_config(folder / "config.toml", overrides)
-    changed = _forbidden_changes(before, config)
+    changed = forbidden_changes(before, config)
     if changed:
         raise ConfigError("\n".join(f"{name} cannot change when a run is resumed; start a new run" for name in changed))
-    check_local_fit(config)
-    return _execute(config, folder, console)
-
-
-def check_local_fit(config: RunConfig) -> None:
-    """Raise ConfigError if a run on this machine alone needs more ranks than it can take."""
-    if config.cluster.address is None and config.cluster.device == "cpu":
-        layouts = {TEACHER: make_layout(config.teacher.model, config.teacher.layout)}
-        layouts |= {student.name: make_layout(student.model, student.layout) for student in config.students}
-        check_fits(layouts, local_inventory(config.cluster), config.cluster.cpu_ranks_per_core)
+    with _hold(folder):
+        resumed = {role: newest_step(folder / "checkpoints" / role) or 0 for role in role_names(config)}
+        if _is_finished(config, folder, resumed):
+            print(f"{folder} is finished, step {config.run.steps} of {config.run.steps}: nothing is left to do")
+            return folder
+        check_start(config)
+        with _display(config, console) as display:
+            corpus = _known_corpus(config, folder, display) or prepare_data(config, display)
+            check_checkpoints(config, folder, resumed, corpus)
+            with _disk_errors(folder):
+                _repair(config, folder, resumed)
+            return _execute(Launch(config, folder, corpus, resumed, display, begin_s))
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -90,122 +115,173 @@ def cache_folder(config: RunConfig) -> Path:
     return Path(config.data.cache or user_cache_variable() or Path(config.run.dir) / "data")
 
 
-def prepare_data(config: RunConfig, display: LiveDisplay | None = None) -> Path:
-    """Prepare the corpus of a run, or find it done; returns its folder."""
+def prepare_data(config: RunConfig, display: LiveDisplay | None = None) -> Corpus:
+    """Prepare the corpus of a run, or find it done. Raises DataError or ConfigError if the run cannot use it."""
 
     def show(progress: PrepareProgress) -> None:
         if display is not None:
-            share = progress.done / max(1, progress.total)
-            display.phase(f"preparing data, {progress.phase}: {share:.0%} of {progress.total / 1e6:.1f} MB")
+            share = f": {progress.done / progress.total:.0%} of {progress.total / 1e6:.1f} MB" if progress.total else ""
+            display.phase(f"preparing data, {progress.phase}{share}")
             display.refresh()
 
-    folder = prepare_corpus(config.data, cache_folder(config), show)
+    return _checked_corpus(config, prepare_corpus(config.data, cache_folder(config), show))
+
+
+def _checked_corpus(config: RunConfig, folder: Path) -> Corpus:
     corpus = Corpus.open(folder, verify=True)
     Sampler(corpus, config.data.sequence_length, config.data.batch_size, config.run.seed).heldout(1)
-    return folder
+    check_labels(config, corpus)
+    return corpus
 
 
-def _execute(config: RunConfig, folder: Path, console: Console) -> Path:
-    begin = time.monotonic()
-    resumed = _resume_points(config, folder)
-    if resumed:
-        MetricsLog.rewind(folder, resumed)
-    with (
-        EventLog(folder) as events,
-        LiveDisplay(config.run.name, config.run.steps, role_names(config), console, waits=waits(config)) as display,
-    ):
-        version = titan.__version__
-        events.emit("run_started", pid=os.getpid(), host=platform.node(), version=version)
-        try:
-            corpus_folder = prepare_data(config, display)
-            corpus = Corpus.open(corpus_folder)
-            events.emit(
-                "data_ready",
-                corpus=str(corpus_folder),
-                tokens=corpus.num_tokens("train"),
-                heldout_tokens=corpus.num_tokens("heldout"),
-                megabytes=round((corpus.num_bytes("train") + corpus.num_bytes("heldout")) / 1e6, 1),
-                vocab_size=corpus.vocab_size,
-            )
-            if any(resumed.values()):
-                events.emit("resumed", steps=dict(resumed))
-            display.phase("starting Ray")
-            with MetricsLog(folder) as metrics, ray_session(config.cluster):
-                supervisor = Supervisor(config, folder, corpus_folder, events, metrics, display, resumed)
-                outcome = supervisor.run()
-            display.phase("")
-        except BaseException as error:
-            status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
-            if status == "failed":
-                events.emit("error", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
-            events.emit("run_finished", status=status, wall_s=round(time.monotonic() - begin, 1))
-            if status == "stopped":
-                raise RunStopped(f"stopped at once; `titan resume {folder}` goes on from the last checkpoint") from None
-            raise
-        wall_s = time.monotonic() - begin
-        ended: Literal["stopped", "finished"] = "stopped" if outcome.stopped else "finished"
-        write_summary(folder, config, _results(config, outcome), wall_s, ended)
-        events.emit("run_finished", status=ended, wall_s=round(wall_s, 1))
-    write_report(folder)
+def _known_corpus(config: RunConfig, folder: Path, display: LiveDisplay) -> Corpus | None:
+    """The corpus that a run began with, which need not be that of its sources today; None if it never had one.
+
+    Raises DataError if it is gone and the sources now give another.
+    """
+    events = [event for event in read_events(folder) if event["event"] == "data_ready"]
+    if not events:
+        return None
+    known = Path(str(events[-1]["corpus"]))
+    for place in (known, cache_folder(config) / known.name):
+        if (place / INDEX_FILE).is_file():
+            return _checked_corpus(config, place)
+    corpus = prepare_data(config, display)
+    if corpus.folder.name != known.name:
+        raise DataError(
+            f"data.sources: the run began with corpus {known}, which is gone, and the sources now give another, "
+            f"{corpus.folder}; put the folder or the sources back, or start a new run"
+        )
+    return corpus
+
+
+def _execute(launch: Launch) -> Path:
+    """Everything from Ray to the report."""
+    folder = launch.folder
+    with _disk_errors(folder):
+        with EventLog(folder) as events:
+            events.emit("run_started", pid=os.getpid(), host=platform.node(), version=titan.__version__)
+            try:
+                outcome = _train(launch, events)
+            except BaseException as error:
+                _wind_up(launch, events, error)
+                if isinstance(error, KeyboardInterrupt):
+                    again = f"`titan resume {folder}` goes on from the last checkpoint"
+                    raise RunStopped(f"stopped at once; {again}") from None
+                raise
+            ended: RunEnd = "stopped" if outcome.stopped else "finished"
+            results = final_results(launch.config, outcome.reports)
+            write_summary(folder, launch.config, results, launch.wall_s, ended)
+            events.emit("run_finished", status=ended, wall_s=round(launch.wall_s, 1))
+        write_report(folder)
     if outcome.stopped:
         raise RunStopped(f"stopped at step {outcome.reports[TEACHER].step}; `titan resume {folder}` goes on from there")
     return folder
 
 
-def _resume_points(config: RunConfig, folder: Path) -> dict[str, int]:
-    """The step each role goes on from; clears away what a killed run left half-written."""
-    resumed = {}
-    for role in role_names(config):
-        checkpoints = folder / "checkpoints" / role
-        remove_partial(checkpoints)
-        resumed[role] = newest_step(checkpoints) or 0
-    if config.students:
-        committed = reopen(folder / "labels" / TEACHER)
-        if committed < resumed[TEACHER]:
+def _train(launch: Launch, events: EventLog) -> Outcome:
+    config, corpus, display = launch.config, launch.corpus, launch.display
+    events.emit(
+        "data_ready",
+        corpus=str(corpus.folder),
+        tokens=corpus.num_tokens("train"),
+        heldout_tokens=corpus.num_tokens("heldout"),
+        megabytes=round((corpus.num_bytes("train") + corpus.num_bytes("heldout")) / 1e6, 1),
+        vocab_size=corpus.vocab_size,
+    )
+    if any(launch.resumed.values()):
+        events.emit("resumed", steps=dict(launch.resumed))
+    display.phase("starting Ray")
+    with MetricsLog(launch.folder) as metrics, ray_session(config.cluster):
+        supervisor = Supervisor(config, launch.folder, corpus.folder, events, metrics, display, launch.resumed)
+        outcome = supervisor.run()
+    display.phase("")
+    return outcome
+
+
+def _wind_up(launch: Launch, events: EventLog, error: BaseException) -> None:
+    """Leave word of a run that broke off, as far as possible: the disk may be full, and `error` matters more."""
+    ended: RunEnd = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+    with suppress(Exception):
+        if ended == "failed":
+            events.emit("error", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
+        events.emit("run_finished", status=ended, wall_s=round(launch.wall_s, 1))
+        results = results_so_far(launch.config, launch.folder, launch.corpus.vocab_size)
+        write_summary(launch.folder, launch.config, results, launch.wall_s, ended)
+        write_report(launch.folder)
+
+
+def _display(config: RunConfig, console: Console) -> LiveDisplay:
+    return LiveDisplay(config.run.name, config.run.steps, role_names(config), console, waits=waits(config))
+
+
+@contextmanager
+def _hold(folder: Path, make: bool = False) -> Iterator[None]:
+    """Keep other drivers out of a run folder; the kernel lets go of it when this process ends, however it ends.
+
+    make: make the folder; it goes again if it is still empty in the end
+    """
+    with _disk_errors(folder):
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise RunError(
-                f"the label log ends at step {committed}, before the teacher's checkpoint of step {resumed[TEACHER]}: "
-                f"labels are missing; restore {folder / 'labels'} or start a new run"
-            )
-    return resumed
+                f"{folder} is in use by another titan, as `titan status {folder}` tells; wait for it or stop it"
+            ) from None
+        except OSError:
+            pass  # a network file system without locks
+        yield
+    finally:
+        os.close(handle)
+        if make:
+            with suppress(OSError):
+                folder.rmdir()
 
 
-def _results(config: RunConfig, outcome: Outcome) -> Mapping[str, RoleResult]:
-    def result(report: RoleReport) -> RoleResult:
-        labels = report.extra
-        return RoleResult(
-            params=report.params,
-            tokens=report.tokens,
-            tokens_per_s=report.tokens / report.train_seconds if report.train_seconds else 0.0,
-            heldout_bits_per_byte=report.heldout_bits_per_byte,
-            steps=report.tokens // (config.data.batch_size * config.data.sequence_length),
-            labels_consumed=_whole(labels.get("labels_consumed")),
-            labels_missed=_whole(labels.get("labels_missed")),
-            labels_repeated=_whole(labels.get("labels_repeated")),
-            max_lag_steps=_whole(labels.get("max_lag_steps")),
-            label_bytes_per_token=labels.get("label_bytes_per_token"),
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what the system says about the run folder's disk into an error with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunError(
+            f"cannot write to {error.filename or folder}: {error.strerror}; make room or make it writable and run "
+            "again, or choose another run.dir"
+        ) from None
+
+
+def _check_vacant(folder: Path, overwrite: bool) -> None:
+    """Raise RunError if a new run may not have the folder."""
+    if not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise RunError(
+            f"{folder} exists; go on with `titan resume {folder}`, choose another --set run.name=..., "
+            "or start over with --overwrite"
+        )
+    if not (folder / "config.toml").is_file():
+        raise RunError(
+            f"{folder} is no run folder (it has no config.toml), so --overwrite leaves it alone; "
+            "choose another run.name or empty it yourself"
         )
 
-    return {role: result(outcome.reports[role]) for role in role_names(config)}
+
+def _is_finished(config: RunConfig, folder: Path, resumed: Mapping[str, int]) -> bool:
+    """Whether the run said so and every role still has its last checkpoint."""
+    summary = read_json(folder / SUMMARY) or {}
+    return summary.get("status") == "finished" and all(step == config.run.steps for step in resumed.values())
 
 
-def _whole(value: float | None) -> int | None:
-    return None if value is None else int(value)
-
-
-def _forbidden_changes(before: RunConfig, after: RunConfig) -> list[str]:
-    """Names of settings that differ and may not."""
-
-    def flat(value: object, name: str) -> dict[str, object]:
-        if isinstance(value, dict):
-            return {
-                k: v for key, item in value.items() for k, v in flat(item, f"{name}.{key}" if name else key).items()
-            }
-        if isinstance(value, list) and value and isinstance(value[0], dict):
-            return {
-                k: v for i, item in enumerate(value) for k, v in flat(item, f"{name}.{item.get('name', i)}").items()
-            }
-        return {name: value}
-
-    old, new = (flat(config.model_dump(mode="json"), "") for config in (before, after))
-    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return [name for name in different if name.split(".")[0] not in MAY_CHANGE and ".layout." not in f"{name}."]
+def _repair(config: RunConfig, folder: Path, resumed: Mapping[str, int]) -> None:
+    """Clear away what a killed run left half-written. Raises LabelError for labels that were committed and are lost."""
+    for role in resumed:
+        remove_partial(folder / "checkpoints" / role)
+    if config.students:
+        reopen(folder / "labels" / TEACHER, needed=resumed[TEACHER])
+    MetricsLog.rewind(folder, resumed)

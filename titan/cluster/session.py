@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
@@ -36,7 +37,8 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     except Exception as error:  # Ray raises whatever went wrong below it
         where = "a local Ray" if local else f"Ray at cluster.address {settings.address}"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise PlatformError(f"cannot reach {where}: {first}") from error
+        verb, remedy = ("start", "`titan doctor --ray` looks into it") if local else ("join", "is it up?")
+        raise PlatformError(f"cannot {verb} {where}: {first}; {remedy}") from error
     try:
         yield
     finally:
@@ -56,10 +58,30 @@ def discover(settings: ClusterSettings) -> Inventory:
         elif settings.device != "cuda" and cpus:
             nodes.append(Node(node["NodeName"], "cpu", cpus * settings.cpu_ranks_per_core))
     if not nodes:
-        raise PlatformError(f"no node of the cluster has a device for cluster.device {settings.device!r}")
+        raise _no_device(settings)
     return Inventory(tuple(nodes))
 
 
 def local_inventory(settings: ClusterSettings) -> Inventory:
-    """What a local Ray will offer on this CPU machine, without starting it."""
-    return Inventory((Node(os.uname().nodename, "cpu", cpu_count() * settings.cpu_ranks_per_core),))
+    """What a local Ray will offer on this machine, without starting it. Raises PlatformError if that is nothing."""
+    name = os.uname().nodename
+    if settings.device != "cpu" and _may_have_cuda():
+        from titan.platform.device import num_cuda_devices  # torch: two seconds that a machine without CUDA saves
+
+        gpus = num_cuda_devices()
+        if gpus:
+            return Inventory((Node(name, "cuda", gpus),))
+    if settings.device == "cuda":
+        raise _no_device(settings)
+    return Inventory((Node(name, "cpu", cpu_count() * settings.cpu_ranks_per_core),))
+
+
+def _may_have_cuda() -> bool:
+    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+
+
+def _no_device(settings: ClusterSettings) -> PlatformError:
+    where = "this machine" if settings.address is None else f"the cluster at {settings.address}"
+    return PlatformError(
+        f"cluster.device is {settings.device!r}, but {where} has no such device; set cluster.device to 'auto' or 'cpu'"
+    )

@@ -266,8 +266,9 @@ def _error_of(ref: Any) -> Exception | None:
     try:
         ray.get(ref, timeout=NEWS_TIMEOUT_S)
     except RayTaskError as error:
-        cause: object = error.cause
-        return cause if isinstance(cause, Exception) else error
+        cause: Exception = error.cause if isinstance(error.cause, Exception) else error
+        return cause
     except RayError as error:
-        return error
+        itself: Exception = error
+        return itself
     return None

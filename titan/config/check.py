@@ -1,8 +1,13 @@
 """What types cannot say: settings that contradict each other. Each finding is one line: setting, value, remedy."""
 
+import math
+import re
 from collections.abc import Iterator
 
 from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, RunConfig
+
+MOST_TENSOR_RANKS = 64
+"""The vocabulary is padded to a multiple of this."""
 
 
 def find_mistakes(config: RunConfig) -> list[str]:
@@ -15,6 +20,8 @@ def find_mistakes(config: RunConfig) -> list[str]:
         mistakes += _layout_mistakes(f"{name}.layout", model, layout, config)
         mistakes += _optimizer_mistakes(f"{name}.optimizer", optimizer)
     mistakes += _student_mistakes(config)
+    mistakes += _label_mistakes(config)
+    mistakes += _place_mistakes(config)
     return mistakes
 
 
@@ -28,10 +35,9 @@ def _model_mistakes(name: str, model: ModelSettings) -> Iterator[str]:
             f"try hidden {2 * model.hidden}"
         )
     if model.heads % model.num_kv_heads:
-        divisors = [n for n in range(1, model.heads + 1) if model.heads % n == 0]
         yield (
             f"{name}.kv_heads must divide heads ({model.heads}), got {model.kv_heads}; "
-            f"try one of {', '.join(map(str, divisors))}"
+            f"try {_divisors(model.heads, model.num_kv_heads)}"
         )
 
 
@@ -39,14 +45,17 @@ def _layout_mistakes(name: str, model: ModelSettings, layout: LayoutSettings, co
     if layout.pp > model.layers:
         yield f"{name}.pp is {layout.pp}, more stages than layers ({model.layers}); use at most {model.layers}"
     if layout.layers is not None and len(layout.layers) != layout.pp:
-        yield f"{name}.layers has {len(layout.layers)} entries for {layout.pp} stages; give one a stage"
+        yield f"{name}.layers has {len(layout.layers)} entries, pp is {layout.pp}; give one a stage"
     elif layout.layers is not None and sum(layout.layers) != model.layers:
         yield f"{name}.layers adds up to {sum(layout.layers)}, the model has {model.layers}; make them equal"
-    for what, value in (("kv_heads", model.num_kv_heads), ("ffn", model.ffn), ("hidden", model.hidden)):
-        if value % layout.tp:
-            yield f"{name}.tp is {layout.tp}, which does not divide {what} ({value}); use a divisor of {value}"
-    if layout.tp > 64 or layout.tp & (layout.tp - 1):
-        yield f"{name}.tp is {layout.tp}; use a power of two up to 64, so that the padded vocabulary divides"
+    cut = {"kv_heads": model.num_kv_heads, "ffn": model.ffn, "hidden": model.hidden}
+    whole = math.gcd(MOST_TENSOR_RANKS, *cut.values())
+    if whole % layout.tp:
+        yield (
+            f"{name}.tp is {layout.tp}; want a power of two that divides "
+            f"{', '.join(f'{what} ({value})' for what, value in cut.items())} and {MOST_TENSOR_RANKS}, "
+            f"so at most {whole}"
+        )
     if layout.shard not in (1, layout.dp):
         yield f"{name}.shard is {layout.shard}; use 1 or dp ({layout.dp})"
     if layout.sequence_parallel and config.data.sequence_length % layout.tp:
@@ -56,10 +65,9 @@ def _layout_mistakes(name: str, model: ModelSettings, layout: LayoutSettings, co
         )
     batch, number = config.data.batch_size, layout.num_micro_batches
     if batch % number:
-        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
         yield (
             f"{name}.micro_batches is {number}, which does not divide data.batch_size ({batch}); "
-            f"use one of {', '.join(map(str, divisors))}"
+            f"use {_divisors(batch, number)}"
         )
     elif batch // number < layout.dp:
         yield (
@@ -90,3 +98,41 @@ def _student_mistakes(config: RunConfig) -> Iterator[str]:
             yield f"{here}.start has both step ({start.step}) and lead ({start.lead}); keep one"
         if start.step is not None and start.step >= config.run.steps:
             yield f"{here}.start.step is {start.step}, run.steps is {config.run.steps}; start earlier"
+
+
+def _label_mistakes(config: RunConfig) -> Iterator[str]:
+    if config.students and config.data.tokenizer is None and config.labels.top_k > config.data.vocab_size:
+        yield (
+            f"labels.top_k is {config.labels.top_k}, more than data.vocab_size ({config.data.vocab_size}); "
+            "a few dozen are enough"
+        )
+
+
+def _place_mistakes(config: RunConfig) -> Iterator[str]:
+    """Paths and addresses."""
+    paths = (("run.dir", config.run.dir), ("data.cache", config.data.cache), ("data.tokenizer", config.data.tokenizer))
+    for name, path in paths:
+        if path is not None and "\0" in path:
+            yield f"{name} is {path!r}; a path has no NUL character, take it out"
+    cluster = config.cluster
+    if cluster.address is None:
+        return
+    port = re.fullmatch(r"[^/\s]+:(\d+)", cluster.address)
+    if cluster.address != "auto" and (port is None or not 0 < int(port[1]) < 65536):
+        yield (
+            f"cluster.address is {cluster.address!r}; want host:port of a running Ray (`ray start --head` prints it), "
+            "or leave it out for a local one"
+        )
+    if cluster.dashboard_port is not None:
+        yield (
+            f"cluster.dashboard_port is {cluster.dashboard_port}, but a Ray that is joined at cluster.address has "
+            "chosen its own; leave it out"
+        )
+
+
+def _divisors(number: int, near: int) -> str:
+    """The divisors of a number on both sides of a value, as words."""
+    small = [n for n in range(1, math.isqrt(min(number, 10**12)) + 1) if number % n == 0]
+    every = sorted({*small, *(number // n for n in small)})
+    below, above = [n for n in every if n < near][-1:], [n for n in every if n > near][:1]
+    return " or ".join(map(str, below + above))

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def prepare_corpus(settings: DataSettings, cache: Path, report: Report | None = 
     corpus at once take turns, and all but the first find it done.
     Raises DataError for sources or a tokenizer that cannot be used, and when the cache cannot be written.
     """
+    _refuse_reimport()
+    report = report or (lambda progress: None)
     files = list_files(settings.sources)
     fingerprint = _fingerprint(settings, files)
     folder = cache / fingerprint
@@ -52,9 +55,9 @@ def prepare_corpus(settings: DataSettings, cache: Path, report: Report | None = 
         return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _turn(folder):
+        with _turn(folder, report):
             if not (folder / INDEX_FILE).is_file():
-                _prepare(settings, files, folder, report or (lambda progress: None))
+                _prepare(settings, files, folder, report)
     except OSError as error:
         raise DataError(
             f"data.cache: cannot write {folder}: {error.strerror or error}; "
@@ -151,12 +154,29 @@ def _meter(phase: str, total: int, report: Report) -> Callable[[int], None]:
     return advance
 
 
+def _refuse_reimport() -> None:
+    """Raise DataError in a process that is only importing the script that started it.
+
+    The processes that tokenize import the script again. One that calls `prepare_corpus` while it is imported would
+    have each of them wait for the lock of the process that waits for them.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise DataError(
+            "prepare_corpus is called while the script is imported, and processes that tokenize import it again; "
+            "put the call under `if __name__ == '__main__':`, or set data.workers to 1"
+        )
+
+
 @contextmanager
-def _turn(folder: Path) -> Iterator[None]:
+def _turn(folder: Path, report: Report) -> Iterator[None]:
     """Wait until no other process prepares this folder. The kernel frees the lock of a process that dies."""
     handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            report(PrepareProgress("waiting for another process that does", 0, 0, "bytes"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
         os.close(handle)

@@ -131,6 +131,8 @@ def _files_of(source: str) -> Iterator[SourceFile]:
     elif os.path.isdir(source):
         yield from _folder_files(os.path.abspath(source))
     elif os.path.exists(source):
+        if not os.path.isfile(source):  # reading a pipe or a device might never end
+            raise DataError(f"data.sources: {source!r} is neither a file nor a folder; write its content to a file")
         yield _source_file(os.path.abspath(source), explicit=True)
     elif _WILDCARDS & set(source):
         for match in glob.iglob(source, recursive=True):

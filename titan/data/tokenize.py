@@ -169,8 +169,8 @@ def _encode_in_order(
             yield done, future.result()
     except BrokenProcessPool:
         raise DataError(
-            f"data.workers: one of {num_processes} processes died, perhaps for lack of memory; "
-            "set fewer and run again (finished shards are kept)"
+            f"data.workers: one of {num_processes} processes died, perhaps for lack of memory, or because a script "
+            "prepares data outside `if __name__ == '__main__':`; set fewer and run again (finished shards are kept)"
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -11,7 +11,8 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,33 +68,57 @@ def _decode_record(line: bytes) -> Commit | End | None:
         return None
 
 
-def reopen(folder: Path) -> int:
+def reopen(folder: Path, needed: int = 0) -> int:
     """Repair a log after a stop of any kind and return the last committed step (0 if none).
 
     Drops what was not committed: a torn commit line, an end record, blocks of steps without a commit. Call it while
-    nobody writes or reads. Raises LabelError, naming file and place, if something committed is damaged.
+    nobody writes or reads. Raises LabelError, naming file and place, if something committed is damaged, or if steps up
+    to `needed`, that of the teacher's checkpoint, are not there; no label is dropped then.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    last, good = 0, 0
-    commits = folder / COMMITS
-    if not commits.exists():
-        commits.touch()
-    with open(commits, "rb+") as file:
+    path = folder / COMMITS
+    path.touch()
+    commits: list[Commit] = []
+    good = 0
+    with open(path, "rb+") as file:
         for line in file:
             record = _decode_record(line)
-            if record is None and file.read(1):
-                raise LabelError(f"{commits} is damaged at byte {good}; restore it, or delete {folder} and start over")
-            if not isinstance(record, Commit):
+            if not line.endswith(b"\n") or isinstance(record, End):
                 break
-            last, good = record.step, good + len(line)
+            if record is None:
+                raise LabelError(f"{path} is damaged at byte {good}; restore it, or delete {folder} and start over")
+            commits.append(record)
+            good += len(line)
+        last = commits[-1].step if commits else 0
+        if last < needed:
+            raise LabelError(
+                f"{path} ends at step {last}, before the teacher's checkpoint of step {needed}: labels are missing; "
+                "restore it, or start a new run"
+            )
         file.truncate(good)
+    intact: Counter[int] = Counter()
+    ends: dict[Path, int] = {}
     for path in sorted(folder.glob("part-*.labels")):
-        end = 0
-        with open(path, "rb+") as file:
+        with open(path, "rb") as file:
             for offset, header in _headers(file, 0, until=last):
-                end = offset + HEADER_BYTES + header.payload_bytes
-            file.truncate(end)
+                intact[header.step] += header.samples
+                ends[path] = offset + HEADER_BYTES + header.payload_bytes
+    for commit in commits:
+        if intact[commit.step] != commit.samples:
+            raise _incomplete(folder, commit, intact[commit.step], ends)
+    for path in folder.glob("part-*.labels"):
+        os.truncate(path, ends.get(path, 0))
     return last
+
+
+def _incomplete(folder: Path, commit: Commit, found: int, ends: Mapping[Path, int]) -> LabelError:
+    """The error of a committed step that is not all there; `ends` says how far each part file could be read."""
+    paths = [part_path(folder, part) for part in commit.parts]
+    where = ", ".join(f"{path} (intact up to byte {ends.get(path, 0)})" for path in paths)
+    return LabelError(
+        f"step {commit.step} is committed with {commit.samples} samples, but {found} are intact in {where}; "
+        f"restore the part files, or delete {folder} and start over"
+    )
 
 
 def _headers(file: BinaryIO, start: int, until: int) -> Iterator[tuple[int, BlockHeader]]:
@@ -112,6 +137,13 @@ def _headers(file: BinaryIO, start: int, until: int) -> Iterator[tuple[int, Bloc
         offset += HEADER_BYTES + header.payload_bytes
 
 
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """A nearly full disk takes a part of a write without an error; only the next write says why."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
 class LabelWriter:
     """Appends the blocks of one producer. Steps up to `committed` are dropped: their first write stands."""
 
@@ -124,7 +156,7 @@ class LabelWriter:
         if step <= self.committed:
             return 0
         try:
-            self.file.write(block)
+            _write_all(self.file, block)
         except OSError as error:
             raise LabelError(f"cannot append labels to {self.path}: {error.strerror}; free space and resume") from error
         return len(block)
@@ -160,7 +192,7 @@ class CommitWriter:
 
     def _write(self, record: dict[str, Any]) -> None:
         try:
-            self.file.write(_encode_record(record))
+            _write_all(self.file, _encode_record(record))
         except OSError as error:
             raise LabelError(f"cannot append to {self.path}: {error.strerror}; free space and resume") from error
 
@@ -205,23 +237,21 @@ class LabelReader:
         size = 0
         for part in commit.parts:
             path = part_path(self.folder, part)
-            file, next_offset = self.parts.get(part) or (open(path, "rb"), 0)  # noqa: SIM115
             try:
+                file, next_offset = self.parts.get(part) or (open(path, "rb"), 0)  # noqa: SIM115
                 for offset, header in list(_headers(file, next_offset, until=commit.step)):
                     next_offset = offset + HEADER_BYTES + header.payload_bytes
                     if header.step == commit.step:
                         file.seek(offset + HEADER_BYTES)
                         blocks.append(decode_block(header, file.read(header.payload_bytes)))
                         size += HEADER_BYTES + header.payload_bytes
-            except LabelError as error:
+            except (LabelError, FileNotFoundError) as error:
                 raise LabelError(f"{path}: {error}; restore the file, or delete {self.folder} and start over") from None
             self.parts[part] = (file, next_offset)
         found = sum(block.ids_BSK.shape[0] for block in blocks)
         if found != commit.samples:
-            raise LabelError(
-                f"{self.folder}: step {commit.step} is committed with {commit.samples} samples, but {found} are "
-                "intact; restore the part files, or delete the folder and start over"
-            )
+            ends = {part_path(self.folder, part): end for part, (_, end) in self.parts.items()}
+            raise _incomplete(self.folder, commit, found, ends)
         return sorted(blocks, key=lambda block: block.first_sample), size
 
     def forget(self, step: int) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from titan.config.settings import ModelSettings
-from titan.model.stage import padded_vocab
 
 INIT_STD = 0.02
+VOCAB_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this in every layout, so that shapes do not depend on the layout."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ def parameter_specs(model: ModelSettings, vocab_size: int) -> dict[str, Paramete
     if not model.tied:
         specs["head"] = cut_rows(rows, hidden, INIT_STD)
     return specs
+
+
+def padded_vocab(vocab_size: int) -> int:
+    """Rows of the embedding and of the output weight."""
+    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 def initial_value(name: str, spec: ParameterSpec, seed: int) -> Tensor:

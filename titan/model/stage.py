@@ -12,20 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from titan.config.settings import ModelSettings
 from titan.model.layer_spec import RMSNorm, layer_spec, transformer_config
-
-VOCAB_MULTIPLE = 64
-"""The vocabulary is padded to a multiple of this in every layout, so that shapes do not depend on the layout."""
+from titan.model.parameters import padded_vocab
 
 
 def gradient_buffer(parameter: nn.Parameter) -> Tensor:
     """The float32 slice of megatron-core's gradient buffer that belongs to a parameter."""
     buffer: Tensor = parameter.main_grad  # type: ignore[attr-defined]
     return buffer
-
-
-def padded_vocab(vocab_size: int) -> int:
-    """Rows of the embedding and of the output weight."""
-    return -(-vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ class StageModel(nn.Module):
         """One micro-batch through this stage's blocks.
 
         inputs:  `rope` [S, 1, 1, D]; the first stage `tokens` [B, S] int64, a later one `hidden`
-                 [S, B, hidden] ([S / tp, B, hidden] with sequence parallelism); `mask` if any, as in titan.ops.attention
+                 [S, B, hidden] ([S / tp, B, hidden] with sequence parallelism); maybe `mask`, as in titan.ops.attention
         returns: `hidden` of the same shape, after the final norm on the last stage
         """
         hidden = self._embed(inputs["tokens"]) if self.blocks.has_embedding else inputs["hidden"]

@@ -230,7 +230,7 @@ def _grad_logits(
 def _teacher_says(
     logits_NV: Tensor, log_sum_exp_N: Tensor, top_k: int, temperature: float, shard: VocabShard
 ) -> TeacherSays:
-    """Top-k over the whole vocabulary: each rank's own candidates, merged. Equal logits go to the smaller id."""
+    """Top-k over the whole vocabulary: each rank's own candidates, merged. Among equal logits any may be named."""
     values, ids = logits_NV.topk(min(top_k, shard.rows), dim=1)
     ids = ids + shard.start
     if shard.group is not None:

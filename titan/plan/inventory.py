@@ -60,3 +60,20 @@ def check_fits(layouts: Mapping[str, Layout], inventory: Inventory, ranks_per_co
                     f"{role}: tp is {stage.tp}, but no node has room for more than {largest} ranks ({devices}); "
                     "a tensor-parallel group stays on one node: use a smaller tp"
                 )
+
+
+def likely_nodes(layouts: Mapping[str, Layout], inventory: Inventory) -> dict[str, list[str]]:
+    """Name of the node of each rank of each role, tensor-parallel groups put in order where they first fit whole.
+
+    Ray decides in the end, by the same rule that a group stays on one node. "?" is a group that fits nowhere.
+    """
+    room = {node.name: node.slots for node in inventory.nodes}
+    where: dict[str, list[str]] = {}
+    for role, layout in layouts.items():
+        where[role] = []
+        for stage in layout.stages:
+            for _ in range(stage.dp):
+                name = next((name for name, slots in room.items() if slots >= stage.tp), "?")
+                room[name] = room.get(name, 0) - stage.tp
+                where[role] += [name] * stage.tp
+    return where

@@ -46,6 +46,11 @@ def select_platform(wanted: Literal["auto", "cpu", "cuda"]) -> Platform:
     return Platform("cuda", torch.cuda.get_device_name(), torch.device("cuda", 0), "cpu:gloo,cuda:nccl")
 
 
+def num_cuda_devices() -> int:
+    """CUDA devices that torch sees in this process; none of them is touched."""
+    return torch.cuda.device_count()
+
+
 def prepare_process(platform: Platform, threads: int = 1) -> None:
     """Set this process up for training on `platform`; call before anything of megatron-core is imported."""
     torch.set_num_threads(threads)

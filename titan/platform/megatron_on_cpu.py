@@ -96,6 +96,8 @@ def _take_random_state_from_cpu() -> None:
 
 def _build_tensors_on_cpu() -> None:
     """megatron-core writes device="cuda" into tensor factories."""
+    # `with torch.device(...)` keeps a set of the factories from its first use on: it must be of the true ones
+    torch.utils._device._device_constructors()
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)

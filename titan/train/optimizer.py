@@ -57,6 +57,8 @@ class RoleOptimizer:
         )
         (self.inner,) = chained.chained_optimizers
         for group in self.inner.param_groups:
+            # megatron-core only notes that norms have no decay; its learning-rate scheduler, not used here, applies it
+            group["weight_decay"] = settings.weight_decay * group["wd_mult"]
             for parameter in group["params"]:
                 self._fresh_state(parameter)
 

@@ -36,8 +36,8 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
 
 def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Load weights and optimizer state, whatever layout wrote them. Raises CheckpointError for another model."""
-    saved = checkpoint.manifest["model"]
-    own = trainer.settings.model.model_dump()
+    saved = checkpoint.manifest["model"] | {"vocab_size": checkpoint.manifest["vocab_size"]}
+    own = trainer.settings.model.model_dump() | {"vocab_size": trainer.settings.vocab_size}
     if saved != own:
         different = ", ".join(
             f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]

@@ -1,0 +1,37 @@
+"""docs/config.md says what the settings are."""
+
+import re
+from pathlib import Path
+
+from titan.config.document import document
+from titan.config.settings import RunConfig, Section
+
+PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+
+
+def test_the_page_is_fresh() -> None:
+    assert PAGE.read_text(encoding="utf-8") == document(), "docs/config.md is stale; write it again with `make docs`"
+
+
+def test_every_setting_of_every_section_has_a_line_with_a_meaning() -> None:
+    lines = {match[1] for match in re.finditer(r"^\| `(\w+)` \| [^|]+ \| [^|]+ \| \S", document(), re.MULTILINE)}
+    sections = [section for section in Section.__subclasses__() if section is not RunConfig]
+    names = {name for section in sections for name in section.model_fields}
+    assert names <= lines
+    assert document().count("| setting | type |") == len(sections)
+
+
+def test_nested_sections_stand_once_and_are_referred_to() -> None:
+    assert document().count("## `[teacher.model]`, `[students.model]`") == 1
+    assert document().count("[section](#model)") == 2
+
+
+def test_types_are_plain_words() -> None:
+    page = document()
+    assert "| `steps` | whole number, at least 1 | **required** |" in page
+    assert '| `schedule` | `"cosine"`, `"linear"`, `"constant"` | `"cosine"` |' in page
+    assert "| `heldout_fraction` | number, above 0, below 0.5 | `0.02` |" in page
+    assert "| `kv_heads` | whole number, at least 1 | absent |" in page
+    assert "| `layers` | list of whole numbers, at least 1 | absent |" in page
+    assert "| `sources` | list of texts, 1 or more of them | **required** |" in page
+    assert "pydantic" not in page.lower() and "NoneType" not in page

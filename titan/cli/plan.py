@@ -1,0 +1,97 @@
+"""`titan plan`: the stages of every role, their ranks and machines, and parameters a rank; nothing is trained."""
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from titan.cluster.preflight import check_start, role_layouts
+from titan.cluster.session import discover, local_inventory, ray_session
+from titan.config.settings import ModelSettings, RunConfig
+from titan.data.tokenizer import Tokenizer
+from titan.distill.rank import TEACHER
+from titan.plan.inventory import Inventory, check_fits, likely_nodes, plan_json
+from titan.plan.layout import Layout, Stage
+
+PLAIN_WIDTH = 160
+"""Columns where there is no terminal."""
+
+
+def show_plan(config: RunConfig, console: Console, as_json: bool) -> None:
+    """Print the plan of a run. Raises ConfigError or PlatformError if it cannot start."""
+    check_start(config)
+    layouts, inventory = role_layouts(config), _inventory(config)
+    check_fits(layouts, inventory, config.cluster.cpu_ranks_per_core)
+    if as_json:
+        print(json.dumps(plan_json(layouts, inventory), indent=1))
+        return
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    console.print(_table(config, layouts, inventory))
+    total = sum(layout.num_ranks for layout in layouts.values())
+    room = ", ".join(f"{node.name} ({node.device}) has room for {node.slots}" for node in inventory.nodes)
+    console.print(f"{total} ranks; {room}", highlight=False, soft_wrap=True)
+
+
+def _inventory(config: RunConfig) -> Inventory:
+    if config.cluster.address is None:
+        return local_inventory(config.cluster)
+    with ray_session(config.cluster):
+        return discover(config.cluster)
+
+
+def _table(config: RunConfig, layouts: Mapping[str, Layout], inventory: Inventory) -> Table:
+    nodes = likely_nodes(layouts, inventory)
+    models = {TEACHER: config.teacher.model} | {student.name: student.model for student in config.students}
+    vocab_size = config.data.vocab_size
+    if config.data.tokenizer is not None:
+        vocab_size = Tokenizer(Path(config.data.tokenizer)).vocab_size
+    table = Table(title=f"plan of {config.run.name}", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("role", "stage", "layers", "tp", "dp", "ranks", "params/rank", "node"):
+        table.add_column(column, justify="left" if column in ("role", "layers", "node") else "right")
+    for role, layout in layouts.items():
+        for stage in layout.stages:
+            table.add_row(
+                role if stage.index == 0 else "",
+                str(stage.index),
+                _holds(stage),
+                str(stage.tp),
+                str(stage.dp),
+                _span(stage.ranks),
+                f"{_parameters_of_rank(models[role], vocab_size, stage):,}",
+                ", ".join(dict.fromkeys(nodes[role][stage.first_rank : stage.ranks.stop])),
+            )
+    return table
+
+
+def _holds(stage: Stage) -> str:
+    layers = _span(range(stage.first_layer, stage.end_layer))
+    return " + ".join(filter(None, ("embedding" * stage.has_embedding, layers, "head" * stage.has_head)))
+
+
+def _span(numbers: range) -> str:
+    return str(numbers.start) if len(numbers) == 1 else f"{numbers.start}-{numbers.stop - 1}"
+
+
+def _parameters_of_rank(model: ModelSettings, vocab_size: int, stage: Stage) -> int:
+    """Elements one tensor rank of a stage keeps, padding of the vocabulary and copies of a tied embedding included."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of megatron-core, on import, about what `titan doctor` says better
+        from titan.model.parameters import layer_of, parameter_specs
+
+    total = 0
+    for name, spec in parameter_specs(model, vocab_size).items():
+        layer = layer_of(name)
+        if layer is not None:
+            here = stage.first_layer <= layer < stage.end_layer
+        elif name == "embedding.weight":
+            here = stage.has_embedding or (model.tied and stage.has_head)
+        else:
+            here = stage.has_head
+        total += math.prod(spec.local_shape(stage.tp)) if here else 0
+    return total

@@ -1,0 +1,120 @@
+"""What can be found wrong before Ray starts. Nothing here writes; each finding is an error with its remedy."""
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+
+from titan.checkpoint.folder import read_manifest, step_folder
+from titan.cluster.session import local_inventory
+from titan.config.settings import ClusterSettings, RunConfig
+from titan.data.corpus import Corpus
+from titan.distill.rank import TEACHER
+from titan.errors import CheckpointError, ConfigError, PlatformError
+from titan.plan.inventory import check_fits
+from titan.plan.layout import Layout, make_layout
+
+CONNECT_TIMEOUT_S = 5.0
+HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+"""Preface and empty settings: what speaks gRPC, as Ray does, answers at once."""
+MAY_CHANGE = ("checkpoint", "cluster", "eval")
+"""Sections that may differ when a run is resumed; in roles, `layout` may."""
+
+
+def check_start(config: RunConfig) -> None:
+    """Raise for a cluster that the run cannot have: too few ranks, a port that is taken, a Ray that does not answer."""
+    cluster = config.cluster
+    if cluster.address is None:
+        check_fits(role_layouts(config), local_inventory(cluster), cluster.cpu_ranks_per_core)
+        _check_dashboard_port(cluster)
+    elif cluster.address != "auto":
+        _check_address(cluster.address)
+
+
+def check_labels(config: RunConfig, corpus: Corpus) -> None:
+    """Raise ConfigError if labels ask for more entries than the tokenizer has pieces."""
+    if config.students and config.labels.top_k > corpus.vocab_size:
+        raise ConfigError(
+            f"labels.top_k is {config.labels.top_k}, more than the tokenizer's {corpus.vocab_size} pieces; "
+            "a few dozen are enough"
+        )
+
+
+def check_checkpoints(config: RunConfig, folder: Path, resumed: Mapping[str, int], corpus: Corpus) -> None:
+    """Raise CheckpointError unless each role's newest checkpoint has all its files and is of its model.
+
+    Sizes are compared here; ranks also compare checksums, as they read the files anyway.
+    """
+    models = {TEACHER: config.teacher.model} | {student.name: student.model for student in config.students}
+    for role, step in resumed.items():
+        if step == 0:
+            continue
+        place = step_folder(folder / "checkpoints" / role, step)
+        manifest = read_manifest(place)
+        for name, receipt in manifest["files"].items():
+            size = (place / name).stat().st_size if (place / name).is_file() else None
+            if size != receipt["bytes"]:
+                problem = "is missing" if size is None else f"has {size} bytes instead of {receipt['bytes']}"
+                raise CheckpointError(
+                    f"{place / name} {problem}; delete {place}, the run then goes on from the checkpoint before it"
+                )
+        saved = manifest["model"] | {"vocab_size": manifest["vocab_size"]}
+        own = models[role].model_dump() | {"vocab_size": corpus.vocab_size}
+        different = [f"{key} {saved.get(key)} there, {own[key]} in {role}" for key in own if saved.get(key) != own[key]]
+        if different:
+            raise CheckpointError(
+                f"{place} is of another model: {', '.join(different)}; put back the run's own checkpoints, or delete it"
+            )
+
+
+def forbidden_changes(before: RunConfig, after: RunConfig) -> list[str]:
+    """Names of settings that differ and may not when a run is resumed."""
+    old, new = (_flat(config.model_dump(mode="json"), "") for config in (before, after))
+    different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return [name for name in different if name.split(".")[0] not in MAY_CHANGE and ".layout." not in f"{name}."]
+
+
+def role_layouts(config: RunConfig) -> dict[str, Layout]:
+    """The layout of every role."""
+    layouts = {TEACHER: make_layout(config.teacher.model, config.teacher.layout)}
+    return layouts | {student.name: make_layout(student.model, student.layout) for student in config.students}
+
+
+def _check_dashboard_port(cluster: ClusterSettings) -> None:
+    if cluster.dashboard_port is None:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given up is free
+        try:
+            probe.bind(("127.0.0.1", cluster.dashboard_port))
+        except OSError as error:
+            raise PlatformError(
+                f"cluster.dashboard_port is {cluster.dashboard_port}, which cannot be had ({error.strerror}); "
+                "choose another, or leave it out for no dashboard"
+            ) from None
+
+
+def _check_address(address: str) -> None:
+    """Ray itself would try again for minutes where nobody listens."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S) as connection:
+            connection.sendall(HTTP2_HELLO)
+            problem = "" if connection.recv(1) else "what listens there hangs up"
+    except TimeoutError:
+        problem = f"no answer within {CONNECT_TIMEOUT_S:.0f} s"
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        raise PlatformError(
+            f"cluster.address is {address}, but no Ray answers there ({problem}); start it with `ray start --head`, "
+            "correct the address, or leave it out for a local Ray"
+        )
+
+
+def _flat(value: object, name: str) -> dict[str, object]:
+    """Dotted names and values; students go by their names."""
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in _flat(item, f"{name}.{key}" if name else key).items()}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return {k: v for i, item in enumerate(value) for k, v in _flat(item, f"{name}.{item.get('name', i)}").items()}
+    return {name: value}
