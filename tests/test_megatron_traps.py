@@ -2,6 +2,8 @@
 
 import ast
 import importlib
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -291,6 +293,26 @@ def test_installing_twice_is_harmless() -> None:
     assert patched_names() == before, "no wrapper around a wrapper"
     assert torch.zeros(2, device="cuda").device.type == "cpu"
     assert torch.zeros(2).type() == "torch.cuda.FloatTensor"
+
+
+FRESH = """
+import torch
+from titan.platform.device import prepare_process, select_platform
+prepare_process(select_platform("cpu"))
+with torch.device("cpu"):
+    assert torch.zeros(2, device="cuda").device.type == torch.ones(2).device.type == "cpu"
+with torch.device("meta"):
+    assert torch.zeros(2).device.type == "meta"
+import titan.train.trainer
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_has_imported_nothing_but_torch_can_be_prepared() -> None:
+    """As a rank's is: this one has torch._dynamo and more, which hides what the adapter forgets to import."""
+    command = [sys.executable, "-W", "ignore", "-c", FRESH]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.returncode == 0, done.stderr
 
 
 def test_replaced_functions_are_distinct_objects() -> None:

@@ -40,7 +40,7 @@ class WorkerError(RunError):
     """A rank of a role failed; the message has role, rank, step, host and the cause."""
 
 
-class RunStopped(TitanError):
+class StoppedError(TitanError):
     """The run was asked to stop and did; it can be resumed."""
 
     exit_code = 130

@@ -28,11 +28,11 @@ from titan.data.sampler import Sampler
 from titan.data.shards import INDEX_FILE
 from titan.distill.log import reopen
 from titan.distill.rank import TEACHER
-from titan.errors import ConfigError, DataError, RunError, RunStopped
+from titan.errors import ConfigError, DataError, RunError, StoppedError
 from titan.observe.events import EventLog, read_events
 from titan.observe.files import read_config, read_json, write_whole
 from titan.observe.live import LiveDisplay
-from titan.observe.metrics import MetricsLog
+from titan.observe.metrics import MetricsLog, read_metrics
 from titan.observe.progress import role_names, waits
 from titan.observe.report import write_report
 from titan.observe.summary import FILE as SUMMARY
@@ -105,8 +105,6 @@ def resume_run(folder: Path, overrides: list[str], console: Console) -> Path:
         with _display(config, console) as display:
             corpus = _known_corpus(config, folder, display) or prepare_data(config, display)
             check_checkpoints(config, folder, resumed, corpus)
-            with _disk_errors(folder):
-                _repair(config, folder, resumed)
             return _execute(Launch(config, folder, corpus, resumed, display, begin_s))
 
 
@@ -159,6 +157,7 @@ def _execute(launch: Launch) -> Path:
     """Everything from Ray to the report."""
     folder = launch.folder
     with _disk_errors(folder):
+        _tidy(launch.config, folder, launch.resumed)
         with EventLog(folder) as events:
             events.emit("run_started", pid=os.getpid(), host=platform.node(), version=titan.__version__)
             try:
@@ -167,7 +166,7 @@ def _execute(launch: Launch) -> Path:
                 _wind_up(launch, events, error)
                 if isinstance(error, KeyboardInterrupt):
                     again = f"`titan resume {folder}` goes on from the last checkpoint"
-                    raise RunStopped(f"stopped at once; {again}") from None
+                    raise StoppedError(f"stopped at once; {again}") from None
                 raise
             ended: RunEnd = "stopped" if outcome.stopped else "finished"
             results = final_results(launch.config, outcome.reports)
@@ -175,7 +174,7 @@ def _execute(launch: Launch) -> Path:
             events.emit("run_finished", status=ended, wall_s=round(launch.wall_s, 1))
         write_report(folder)
     if outcome.stopped:
-        raise RunStopped(f"stopped at step {outcome.reports[TEACHER].step}; `titan resume {folder}` goes on from there")
+        raise StoppedError(f"stopped at step {outcome.reports[TEACHER].step}; `titan resume {folder}` goes on from there")
     return folder
 
 
@@ -278,8 +277,12 @@ def _is_finished(config: RunConfig, folder: Path, resumed: Mapping[str, int]) ->
     return summary.get("status") == "finished" and all(step == config.run.steps for step in resumed.values())
 
 
-def _repair(config: RunConfig, folder: Path, resumed: Mapping[str, int]) -> None:
-    """Clear away what a killed run left half-written. Raises LabelError for labels that were committed and are lost."""
+def _tidy(config: RunConfig, folder: Path, resumed: Mapping[str, int]) -> None:
+    """Make the logs ready to go on: without what a killed run left half-written or roles did after their checkpoints.
+
+    Raises LabelError for labels that were committed and are lost, RunError for damaged metrics.
+    """
+    read_metrics(folder)  # before anything is cut off
     for role in resumed:
         remove_partial(folder / "checkpoints" / role)
     if config.students:

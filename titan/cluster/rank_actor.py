@@ -1,12 +1,16 @@
 """The thin Ray skin around a rank: every method hands on to the plain class of titan.distill."""
 
+import socket
 import traceback
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from titan.distill.rank import RankSpec, RoleReport, make_rank
 from titan.errors import TitanError, WorkerError
+
+if TYPE_CHECKING:
+    from titan.distill.role import RoleRank
 
 
 class RankActor:
@@ -14,40 +18,49 @@ class RankActor:
 
     def __init__(self, spec: RankSpec):
         self.spec = spec
-        self.rank = make_rank(spec)
+        self.rank: RoleRank | None = None
+
+    def build(self) -> None:
+        """Import what training needs and make the rank; most of a start's time."""
+        self.rank = self._say_where(lambda: make_rank(self.spec))
 
     def open_store(self) -> tuple[str, int]:
         """Host and port at which the ranks of the role meet."""
         host = ray.util.get_node_ip_address()
-        return host, self.rank.open_store(host)
+        return host, self._say_where(lambda: self._built.open_store(host))
 
-    def join(self, host: str, port: int) -> dict[str, Any]:
-        """Meet the other ranks and restore; returns who and where this rank is."""
-        self._say_where(lambda: self.rank.join(host, port))
-        return self.rank.describe()
+    def join(self, host: str, port: int) -> None:
+        """Meet the other ranks and restore the newest checkpoint."""
+        self._say_where(lambda: self._built.join(host, port))
 
     def train(self) -> RoleReport:
         """Train to the end of the run, or until asked to stop."""
-        report: RoleReport = self._say_where(self.rank.train)
-        self.rank.leave()
+        report: RoleReport = self._say_where(lambda: self._built.train())
+        self._built.leave()
         return report
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def request_stop(self) -> None:
         """Stop after the step under way."""
-        self.rank.request_stop()
+        self._built.request_stop()
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def take_news(self) -> list[Any]:
         """Metrics and events since the last call."""
-        return self.rank.take_news()
+        return self._built.take_news()
+
+    @property
+    def _built(self) -> "RoleRank":
+        assert self.rank is not None, "build() comes first"
+        return self.rank
 
     def _say_where(self, action: Any) -> Any:
         """Run an action; an exception leaves with role, rank, step and host, as one message that pickles."""
         try:
             return action()
         except Exception as error:
-            who = self.rank.describe()
+            step = self.rank.step if self.rank is not None else 0
+            who = {"role": self.spec.role, "rank": self.spec.rank, "host": socket.gethostname(), "step": step}
             cause = str(error) if isinstance(error, TitanError) else f"{type(error).__name__}: {error}"
             where = f"{who['role']} rank {who['rank']} on {who['host']}, step {who['step']}"
             secondary = not isinstance(error, TitanError) and "gloo" in str(error).lower()

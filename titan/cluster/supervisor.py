@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -27,7 +27,7 @@ from titan.plan.inventory import check_fits, plan_json
 from titan.plan.layout import Layout, make_layout
 
 POLL_S = 0.25
-NEWS_TIMEOUT_S = 30.0
+RESULT_TIMEOUT_S = 30.0
 CAUSE_WAIT_S = 3.0
 """How long to collect failures after the first: the rank at fault may be reported after those that lost their peer."""
 
@@ -71,6 +71,8 @@ class Supervisor:
         self.state = State.PLAN
         self.signals = 0
         self.actors: dict[str, list[Any]] = {}
+        self.asked: dict[str, tuple[Any, float]] = {}
+        """What each lead was asked, and since when it owes an answer."""
 
     def run(self) -> Outcome:
         """The whole run. Raises WorkerError if a rank failed; no actor is left in any case."""
@@ -121,12 +123,14 @@ class Supervisor:
                 _start_actor(RankSpec(self.config, role, rank, self.run_folder, self.corpus_folder), group, layout)
                 for rank, group in _rank_groups(layout, groups[role])
             ]
+        building = [actor.build.remote() for actors in self.actors.values() for actor in actors]
+        self._wait(building, deadline, f"{total} ranks", "see Ray's logs in /tmp/ray", show_count=True)
         stores = {role: actors[0].open_store.remote() for role, actors in self.actors.items()}
         joining = []
         for role, actors in self.actors.items():
             (address,) = self._wait([stores[role]], deadline, f"rank 0 of {role}", "see Ray's logs in /tmp/ray")
             joining += [actor.join.remote(*address) for actor in actors]
-        up = self._wait(joining, deadline, f"{total} ranks", "see Ray's logs in /tmp/ray", show_count=True)
+        up = self._wait(joining, deadline, f"{total} ranks to join their worlds", "see Ray's logs in /tmp/ray")
         self.events.emit("ranks_up", seconds=round(time.monotonic() - begin, 2), ranks=len(up))
 
     def _wait(self, refs: Sequence[Any], deadline: float, what: str, hint: str, show_count: bool = False) -> list[Any]:
@@ -171,7 +175,7 @@ class Supervisor:
                 left[role] -= 1
                 reports[role] = ray.get(ref)
                 if left[role] == 0:
-                    self._take_news({role: 1})
+                    self._last_news(role)
                     self.events.emit("role_finished", role=role, step=reports[role].step)
             if self.signals and self.state is State.RUN:
                 self.state = State.DRAIN
@@ -184,20 +188,39 @@ class Supervisor:
         return Outcome(reports, any(report.stopped for report in reports.values()))
 
     def _take_news(self, left: dict[str, int]) -> None:
-        """Pass on what the leads have to say. A lead that is too busy to answer is asked again later."""
-        refs = {role: self.actors[role][0].take_news.remote() for role in left if left[role]}
-        for role, ref in refs.items():
-            try:
-                items = ray.get(ref, timeout=NEWS_TIMEOUT_S)
-            except (GetTimeoutError, RayError):
-                continue  # its train() says what is wrong, if something is
-            for item in items:
-                if isinstance(item, StepMetric | EvalMetric):
-                    self.metrics.write(item)
-                    self.display.update(item)
-                    self.last_step[role] = max(self.last_step.get(role, 0), item.step)
-                else:
-                    self.events.emit(item.pop("event"), **item)
+        """Ask every lead for news, without waiting, and pass on what has come.
+
+        Raises WorkerError if a lead has not answered for `cluster.step_timeout_s`: its process hangs.
+        """
+        for role in left:
+            if role not in self.asked:
+                if left[role]:
+                    self.asked[role] = (self.actors[role][0].take_news.remote(), time.monotonic())
+                continue
+            ref, since = self.asked[role]
+            if ray.wait([ref], timeout=0)[0]:
+                del self.asked[role]
+                if _error_of(ref) is None:  # else its train() says what is wrong
+                    self._pass_on(role, ray.get(ref))
+            elif time.monotonic() - since > self.config.cluster.step_timeout_s:
+                step, waited_s = self.last_step.get(role, 0), self.config.cluster.step_timeout_s
+                raise self._lost([WorkerError(f"{role} rank 0 has not answered for {waited_s:.0f} s, step {step}")])
+
+    def _last_news(self, role: str) -> None:
+        """What a lead had to say when its role ended."""
+        ref, _ = self.asked.pop(role, (None, 0.0))
+        for late in filter(None, (ref, self.actors[role][0].take_news.remote())):
+            if _error_of(late) is None:
+                self._pass_on(role, ray.get(late))
+
+    def _pass_on(self, role: str, items: Sequence[Any]) -> None:
+        for item in items:
+            if isinstance(item, StepMetric | EvalMetric):
+                self.metrics.write(item)
+                self.display.update(item)
+                self.last_step[role] = max(self.last_step.get(role, 0), item.step)
+            else:
+                self.events.emit(item.pop("event"), **item)
 
     # --- LOST ---
 
@@ -211,6 +234,9 @@ class Supervisor:
         died = [error for error in failures if isinstance(error, ActorDiedError | ActorUnavailableError)]
         own = [error for error in failures if isinstance(error, RankError) and not error.secondary]
         first = (own or died or list(failures))[0]
+        if type(first) is WorkerError:
+            self.events.emit("failed", error=str(first))
+            return first
         if isinstance(first, RankError):
             self.events.emit("failed", **first.who, error=str(first), trace=first.trace)
             return WorkerError(str(first))
@@ -264,7 +290,7 @@ def _start_actor(spec: RankSpec, group: PlacementGroup, layout: Layout) -> Any:
 def _error_of(ref: Any) -> Exception | None:
     """What a finished call raised, as itself."""
     try:
-        ray.get(ref, timeout=NEWS_TIMEOUT_S)
+        ray.get(ref, timeout=RESULT_TIMEOUT_S)
     except RayTaskError as error:
         cause: Exception = error.cause if isinstance(error.cause, Exception) else error
         return cause

@@ -110,7 +110,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> bytes:
             num_threads=1,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise DataError(_training_failure(str(error), vocab_size)) from None
     return model.getvalue()
 
@@ -168,4 +168,4 @@ def _training_failure(message: str, vocab_size: int) -> str:
     if largest:
         return f"data.vocab_size: the corpus holds no {vocab_size} pieces; the largest size that works is {largest[1]}"
     reason = message.strip().splitlines()[-1]
-    return f"data.vocab_size: SentencePiece cannot train {vocab_size} pieces: {reason}; add text"
+    return f"data.vocab_size: SentencePiece cannot train {vocab_size} pieces: {reason}; lower it or add text"

@@ -12,7 +12,7 @@ import os
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,14 +73,14 @@ def reopen(folder: Path, needed: int = 0) -> int:
 
     Drops what was not committed: a torn commit line, an end record, blocks of steps without a commit. Call it while
     nobody writes or reads. Raises LabelError, naming file and place, if something committed is damaged, or if steps up
-    to `needed`, that of the teacher's checkpoint, are not there; no label is dropped then.
+    to `needed`, that of the teacher's checkpoint, are not there; the log is then left as it is.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / COMMITS
     path.touch()
     commits: list[Commit] = []
     good = 0
-    with open(path, "rb+") as file:
+    with open(path, "rb") as file:
         for line in file:
             record = _decode_record(line)
             if not line.endswith(b"\n") or isinstance(record, End):
@@ -89,13 +89,21 @@ def reopen(folder: Path, needed: int = 0) -> int:
                 raise LabelError(f"{path} is damaged at byte {good}; restore it, or delete {folder} and start over")
             commits.append(record)
             good += len(line)
-        last = commits[-1].step if commits else 0
-        if last < needed:
-            raise LabelError(
-                f"{path} ends at step {last}, before the teacher's checkpoint of step {needed}: labels are missing; "
-                "restore it, or start a new run"
-            )
-        file.truncate(good)
+    last = commits[-1].step if commits else 0
+    if last < needed:
+        raise LabelError(
+            f"{path} ends at step {last}, before the teacher's checkpoint of step {needed}: labels are missing; "
+            "restore it, or start a new run"
+        )
+    ends = _check_blocks(folder, commits, last)
+    os.truncate(path, good)
+    for part in folder.glob("part-*.labels"):
+        os.truncate(part, ends.get(part, 0))
+    return last
+
+
+def _check_blocks(folder: Path, commits: Sequence[Commit], last: int) -> dict[Path, int]:
+    """Where the committed blocks of each part file end. Raises LabelError for a step that is not all there."""
     intact: Counter[int] = Counter()
     ends: dict[Path, int] = {}
     for path in sorted(folder.glob("part-*.labels")):
@@ -106,9 +114,7 @@ def reopen(folder: Path, needed: int = 0) -> int:
     for commit in commits:
         if intact[commit.step] != commit.samples:
             raise _incomplete(folder, commit, intact[commit.step], ends)
-    for path in folder.glob("part-*.labels"):
-        os.truncate(path, ends.get(path, 0))
-    return last
+    return ends
 
 
 def _incomplete(folder: Path, commit: Commit, found: int, ends: Mapping[Path, int]) -> LabelError:

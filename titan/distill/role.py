@@ -4,7 +4,6 @@
 """
 
 import queue
-import socket
 import threading
 import time
 from datetime import timedelta
@@ -197,10 +196,6 @@ class RoleRank:
         while not self.news.empty():
             items.append(self.news.get())
         return items
-
-    def describe(self) -> dict[str, Any]:
-        """Who and where this rank is, for error messages and the event log."""
-        return {"role": self.spec.role, "rank": self.spec.rank, "host": socket.gethostname(), "step": self.step}
 
     def leave(self) -> None:
         """Leave the world."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils import _device
 
 _CPU = torch.device("cpu")
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "empty_like", "zeros_like", "ones_like")
@@ -97,7 +98,7 @@ def _take_random_state_from_cpu() -> None:
 def _build_tensors_on_cpu() -> None:
     """megatron-core writes device="cuda" into tensor factories."""
     # `with torch.device(...)` keeps a set of the factories from its first use on: it must be of the true ones
-    torch.utils._device._device_constructors()
+    _device._device_constructors()
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)
