@@ -362,6 +362,12 @@ DATA = [
 ]
 
 FOLDER = [
+    Row(
+        "a run folder where corpora are kept",
+        sets("run.name=data"),
+        ("run.name is 'data'", "choose another run.name or data.cache"),
+        exit_code=2,
+    ),
     Row("a run folder that is taken", sets("run.name=old"), ("runs/old exists", "titan resume", "--overwrite")),
     Row(
         "a run folder of another config",
@@ -853,7 +859,7 @@ def test_a_disk_that_fills_while_training_is_one_line_and_the_run_goes_on_when_t
             pytest.skip("this machine permits no mounts")
         changes = ["--set", f"run.dir={disk}", "--set", "data.cache=runs/data"]
         line = only_line(titan("run", "small.toml", *changes, cwd=workplace))
-        assert "No space left on device" in line and "free space" in line
+        assert "No space left on device" in line and "resume" in line
         assert processes_under(workplace) == []
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
         assert titan("status", f"{disk}/small", cwd=workplace).returncode == 0

@@ -76,11 +76,16 @@ def new_run(config: RunConfig, overwrite: bool, console: Console) -> Path:
     begin_s = time.monotonic()
     check_start(config)
     folder = run_folder(config)
+    if cache_folder(config).resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"run.name is {config.run.name!r}, but prepared corpora are kept in {cache_folder(config)}; "
+            "choose another run.name or data.cache"
+        )
     with _hold(folder, make=True), _display(config, console) as display:
         _check_vacant(folder, overwrite)
         corpus = prepare_data(config, display)
         with _disk_errors(folder):
-            for entry in folder.iterdir():
+            for entry in folder.iterdir() if overwrite else ():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             write_whole(folder / "config.toml", dump_config(config).encode())
         return _execute(Launch(config, folder, corpus, dict.fromkeys(role_names(config), 0), display, begin_s))
@@ -156,7 +161,7 @@ def _known_corpus(config: RunConfig, folder: Path, display: LiveDisplay) -> Corp
 def _execute(launch: Launch) -> Path:
     """Everything from Ray to the report."""
     folder = launch.folder
-    with _disk_errors(folder):
+    with _disk_errors(folder, then=f"`titan resume {folder}` goes on from the last checkpoint"):
         _tidy(launch.config, folder, launch.resumed)
         with EventLog(folder) as events:
             events.emit("run_started", pid=os.getpid(), host=platform.node(), version=titan.__version__)
@@ -174,7 +179,9 @@ def _execute(launch: Launch) -> Path:
             events.emit("run_finished", status=ended, wall_s=round(launch.wall_s, 1))
         write_report(folder)
     if outcome.stopped:
-        raise StoppedError(f"stopped at step {outcome.reports[TEACHER].step}; `titan resume {folder}` goes on from there")
+        raise StoppedError(
+            f"stopped at step {outcome.reports[TEACHER].step}; `titan resume {folder}` goes on from there"
+        )
     return folder
 
 
@@ -242,7 +249,7 @@ def _hold(folder: Path, make: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
+def _disk_errors(folder: Path, then: str = "run again, or choose another run.dir") -> Iterator[None]:
     """Turn what the system says about the run folder's disk into an error with a remedy."""
     try:
         yield
@@ -250,8 +257,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         if error.errno not in DISK_ERRORS:
             raise
         raise RunError(
-            f"cannot write to {error.filename or folder}: {error.strerror}; make room or make it writable and run "
-            "again, or choose another run.dir"
+            f"cannot write to {error.filename or folder}: {error.strerror}; make room or make it writable, then {then}"
         ) from None
 
 

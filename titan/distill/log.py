@@ -21,6 +21,8 @@ from titan.distill.codec import HEADER_BYTES, BlockHeader, LabelBlock, decode_bl
 from titan.errors import LabelError
 
 COMMITS = "commits.jsonl"
+STOPPED, FINISHED = "stopped", "finished"
+"""Why a log ends."""
 POLL_S = 0.005
 
 

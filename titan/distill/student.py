@@ -8,7 +8,7 @@ import numpy as np
 from titan.config.settings import StudentSettings
 from titan.distill.codec import LabelBlock
 from titan.distill.lead import LeadTracker, distillation_weight
-from titan.distill.log import Commit, LabelReader
+from titan.distill.log import FINISHED, Commit, LabelReader
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.role import RoleRank
 from titan.ops.head import Objective
@@ -49,7 +49,9 @@ class StudentRank(RoleRank):
         """Learn every step from the start to the end of the log."""
         reader = LabelReader(self.spec.label_folder, self.config.cluster.step_timeout_s)
         try:
-            stopped = self._wait_for_start(reader) or self._learn(reader)
+            stopped = self._wait_for_start(reader)
+            if not stopped and self.start_step is not None:
+                stopped = self._learn(reader)
         finally:
             reader.close()
         return self.finish(stopped, self._accounting())
@@ -64,14 +66,17 @@ class StudentRank(RoleRank):
             return False
         start = self.student.start
         if start.lead is None:
-            self.start_step = self.step = start.step or 0
-            return self.start_step > 0 and reader.wait_commit(self.start_step, self._alone_and_stopping) is None
+            first = start.step or 0
+            if first > 0 and reader.wait_commit(first, self._alone_and_stopping) is None:
+                return True
+            self.start_step = self.step = first
+            return False
         fresh, step = None, 0
         while True:
             step += 1
             commit = reader.wait_commit(step, self._alone_and_stopping)
-            if commit is None:
-                return True
+            if commit is None:  # a lead that was never reached is no stop
+                return reader.ended is None or reader.ended.reason != FINISHED
             if fresh is None:
                 fresh = self.trainer.evaluate(_tokens(reader.read(commit)[0]))
             self.tracker.add(commit.cross_entropy, fresh)

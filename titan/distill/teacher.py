@@ -4,7 +4,7 @@ import time
 
 from titan.data.sampler import SampleBatch
 from titan.distill.codec import LabelBlock, encode_block
-from titan.distill.log import Commit, CommitWriter, LabelReader, LabelWriter
+from titan.distill.log import FINISHED, STOPPED, Commit, CommitWriter, LabelReader, LabelWriter
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.role import RoleRank
 from titan.ops.head import Objective
@@ -48,7 +48,7 @@ class TeacherRank(RoleRank):
                 self.evaluate()
         self._make_labels_durable()
         if self.commits is not None:
-            self.commits.end("stopped" if self.step < total else "finished")
+            self.commits.end(STOPPED if self.step < total else FINISHED)
         return self.finish(self.step < total, {})
 
     def _open_log(self) -> None:
