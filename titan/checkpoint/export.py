@@ -100,11 +100,11 @@ def _open_checkpoint(run: Path, config: RunConfig, role: str, step: int | None) 
 
 
 def _find_tokenizer(run: Path, config: RunConfig, checkpoint: Checkpoint) -> Tokenizer:
-    """The tokenizer of the prepared corpus that the model was trained on. Raises DataError if it is gone."""
+    """The run's copy of its tokenizer, or that of its prepared corpus. Raises DataError if both are gone."""
     name, vocab_size = checkpoint.manifest["corpus"], checkpoint.manifest["vocab_size"]
     said = [Path(str(event["corpus"])) for event in read_events(run) if event["event"] == "data_ready"]
     caches = [config.data.cache, user_cache_variable(), Path(os.path.abspath(run)).parent / "data"]
-    folders = [*(path for path in said if path.name == name), *(Path(cache) / name for cache in caches if cache)]
+    folders = [run, *(path for path in said if path.name == name), *(Path(cache) / name for cache in caches if cache)]
     for folder in folders:
         if (folder / TOKENIZER_FILE).is_file():
             tokenizer = Tokenizer(folder / TOKENIZER_FILE)

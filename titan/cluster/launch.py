@@ -25,7 +25,7 @@ from titan.config.settings import RunConfig
 from titan.data.corpus import Corpus
 from titan.data.prepare import PrepareProgress, prepare_corpus
 from titan.data.sampler import Sampler
-from titan.data.shards import INDEX_FILE
+from titan.data.shards import INDEX_FILE, TOKENIZER_FILE
 from titan.distill.log import reopen
 from titan.distill.rank import TEACHER
 from titan.errors import ConfigError, DataError, RunError, StoppedError
@@ -195,6 +195,7 @@ def _train(launch: Launch, events: EventLog) -> Outcome:
         megabytes=round((corpus.num_bytes("train") + corpus.num_bytes("heldout")) / 1e6, 1),
         vocab_size=corpus.vocab_size,
     )
+    shutil.copyfile(corpus.tokenizer.path, launch.folder / TOKENIZER_FILE)  # so that export needs no corpus
     if any(launch.resumed.values()):
         events.emit("resumed", steps=dict(launch.resumed))
     display.phase("starting Ray")

@@ -1,5 +1,6 @@
 """Ray for one run: start a local one or join a cluster, say what is there, go away tidily."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     """Be connected to Ray inside the block; a local Ray ends with it. Raises PlatformError if that fails."""
     local = settings.address is None
     prepare_environment(local)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # what it has to say in between would tear the live display
     try:
         if local:
             ray.init(
