@@ -39,8 +39,13 @@ docs: $(READY)
 	$(BIN)/python -m titan.config.document > docs/config.md
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.ray_overhead
-	$(BIN)/python -m benchmarks.single_process
+	$(BIN)/python -W ignore -m benchmarks.single_process --shape small
+	$(BIN)/python -W ignore -m benchmarks.single_process --shape medium
+	$(BIN)/python -W ignore -m benchmarks.ray_overhead
+
+# What takes longer than `make test`: every test, what Ray costs, and what distillation gives over three seeds.
+prove: test bench
+	$(BIN)/python -W ignore -m benchmarks.distillation_gain
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
