@@ -18,7 +18,8 @@ from pathlib import Path
 from benchmarks.figures import ratio_interval, save_result
 from titan.config.load import check_config
 from titan.config.settings import RunConfig
-from titan.distill.rank import TEACHER, RankSpec, make_rank
+from titan.distill.build import make_rank
+from titan.distill.rank import TEACHER, RankSpec
 from titan.observe.metrics import StepMetric, read_metrics
 
 WARM_UP_STEPS = 10

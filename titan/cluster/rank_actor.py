@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from titan.distill.rank import RankSpec, RoleReport, make_rank
+from titan.distill.build import make_rank
+from titan.distill.rank import RankSpec, RoleReport
 from titan.errors import TitanError, WorkerError
 
 if TYPE_CHECKING:

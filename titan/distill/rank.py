@@ -1,13 +1,9 @@
-"""What a rank is told and what it reports, as plain data; and how it comes to life. Importing this loads no torch."""
+"""What a rank is told and what it reports, as plain data."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from titan.config.settings import RunConfig, StudentSettings, TeacherSettings
-
-if TYPE_CHECKING:
-    from titan.distill.role import RoleRank
 
 TEACHER = "teacher"
 
@@ -53,15 +49,3 @@ class RoleReport:
     stopped: bool
     extra: dict[str, float]
     """Label accounting of a student."""
-
-
-def make_rank(spec: RankSpec) -> "RoleRank":
-    """The rank of a spec, in a process set up for its device: that comes before megatron-core is imported."""
-    from titan.platform.device import prepare_process, select_platform
-
-    platform = select_platform(spec.config.cluster.device)
-    prepare_process(platform)
-    from titan.distill.student import StudentRank
-    from titan.distill.teacher import TeacherRank
-
-    return TeacherRank(spec, platform) if spec.role == TEACHER else StudentRank(spec, platform)

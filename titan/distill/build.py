@@ -1,0 +1,20 @@
+"""How a rank comes to life. Importing this loads no torch; calling it does, in the order that CPU needs."""
+
+from typing import TYPE_CHECKING
+
+from titan.distill.rank import TEACHER, RankSpec
+
+if TYPE_CHECKING:
+    from titan.distill.role import RoleRank
+
+
+def make_rank(spec: RankSpec) -> "RoleRank":
+    """The rank of a spec, in a process set up for its device: that comes before megatron-core is imported."""
+    from titan.platform.device import prepare_process, select_platform
+
+    platform = select_platform(spec.config.cluster.device)
+    prepare_process(platform)
+    from titan.distill.student import StudentRank
+    from titan.distill.teacher import TeacherRank
+
+    return TeacherRank(spec, platform) if spec.role == TEACHER else StudentRank(spec, platform)
