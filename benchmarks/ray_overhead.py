@@ -17,9 +17,9 @@ from pathlib import Path
 
 from benchmarks.figures import ratio_interval, save_result
 from titan.config.load import check_config
-from titan.config.settings import RunConfig
+from titan.config.settings import TEACHER, RunConfig
 from titan.distill.build import make_rank
-from titan.distill.rank import TEACHER, RankSpec
+from titan.distill.rank import RankSpec
 from titan.observe.metrics import StepMetric, read_metrics
 
 WARM_UP_STEPS = 10

@@ -1,11 +1,14 @@
 """Runs are started, killed, stopped and resumed as a user would; what they end with is compared bit for bit."""
 
 import json
+import platform
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -108,21 +111,22 @@ def test_the_teacher_is_the_same_bit_for_bit_without_students(workplace: Path) -
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-def test_a_rank_that_dies_ends_the_run_with_one_readable_line(workplace: Path) -> None:
-    import psutil
+def rank_processes(pid: int) -> list[psutil.Process]:
+    """Processes of the ranks of a run, by the pid of its driver."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "RankActor" in " ".join(child.cmdline())]
 
-    run = workplace / "runs" / "hurt"
-    process = start_titan("run", "tiny.toml", "--set", "run.name=hurt", "--set", "run.steps=4000", cwd=workplace)
-    wait_for_step(run, "teacher", 3, process)
-    plan = [
-        child
-        for child in psutil.Process(process.pid).children(recursive=True)
-        if "RankActor" in child.name() or "RankActor" in " ".join(child.cmdline())
-    ]
-    plan[0].kill()
-    _, err = process.communicate(timeout=60)
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
+def test_a_rank_that_dies_or_hangs_ends_the_run_with_one_readable_line(workplace: Path, blow: signal.Signals) -> None:
+    name = f"hurt-{blow.name.lower()}"
+    settings = (f"run.name={name}", "run.steps=4000", "cluster.step_timeout_s=10.0")
+    process = start_titan("run", "tiny.toml", *(part for s in settings for part in ("--set", s)), cwd=workplace)
+    wait_for_step(workplace / "runs" / name, "teacher", 3, process)
+    rank_processes(process.pid)[0].send_signal(blow)
+    _, err = process.communicate(timeout=90)
     assert process.returncode == 1
-    assert "Traceback" not in err
-    assert "rank" in err and "step" in err
+    (line,) = err.splitlines()
+    assert re.match(rf"titan: \w+ rank \d+ on {platform.node()}, (about )?step \d+: ", line), line
     assert processes_under(workplace) == []
-    assert titan("status", "runs/hurt", cwd=workplace).returncode == 0
+    assert titan("status", f"runs/{name}", cwd=workplace).returncode == 0

@@ -10,13 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from titan.cluster.preflight import check_start, role_layouts
+from titan.cluster.preflight import check_start
 from titan.cluster.session import discover, local_inventory, ray_session
-from titan.config.settings import ModelSettings, RunConfig
+from titan.config.settings import TEACHER, ModelSettings, RunConfig
 from titan.data.tokenizer import Tokenizer
-from titan.distill.rank import TEACHER
 from titan.plan.inventory import Inventory, check_fits, likely_nodes, plan_json
-from titan.plan.layout import Layout, Stage
+from titan.plan.layout import Layout, Stage, role_layouts
 
 PLAIN_WIDTH = 160
 """Columns where there is no terminal."""

@@ -21,13 +21,12 @@ from titan.cluster.session import ray_session
 from titan.cluster.supervisor import Outcome, Supervisor
 from titan.config.environment import user_cache_variable
 from titan.config.load import dump_config, load_config
-from titan.config.settings import RunConfig
+from titan.config.settings import TEACHER, RunConfig
 from titan.data.corpus import Corpus
 from titan.data.prepare import PrepareProgress, prepare_corpus
 from titan.data.sampler import Sampler
 from titan.data.shards import INDEX_FILE, TOKENIZER_FILE
 from titan.distill.log import reopen
-from titan.distill.rank import TEACHER
 from titan.errors import ConfigError, DataError, RunError, StoppedError
 from titan.observe.events import EventLog, read_events
 from titan.observe.files import read_config, read_json, write_whole

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from titan.checkpoint.folder import read_manifest, step_folder
 from titan.cluster.session import local_inventory
-from titan.config.settings import ClusterSettings, RunConfig
+from titan.config.settings import TEACHER, ClusterSettings, RunConfig
 from titan.data.corpus import Corpus
-from titan.distill.rank import TEACHER
 from titan.errors import CheckpointError, ConfigError, PlatformError
 from titan.plan.inventory import check_fits
-from titan.plan.layout import Layout, make_layout
+from titan.plan.layout import role_layouts
 
 CONNECT_TIMEOUT_S = 5.0
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
@@ -71,12 +70,6 @@ def forbidden_changes(before: RunConfig, after: RunConfig) -> list[str]:
     old, new = (_flat(config.model_dump(mode="json"), "") for config in (before, after))
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
     return [name for name in different if name.split(".")[0] not in MAY_CHANGE and ".layout." not in f"{name}."]
-
-
-def role_layouts(config: RunConfig) -> dict[str, Layout]:
-    """The layout of every role."""
-    layouts = {TEACHER: make_layout(config.teacher.model, config.teacher.layout)}
-    return layouts | {student.name: make_layout(student.model, student.layout) for student in config.students}
 
 
 def _check_dashboard_port(cluster: ClusterSettings) -> None:

@@ -21,9 +21,10 @@ class RankActor:
         self.spec = spec
         self.rank: RoleRank | None = None
 
-    def build(self) -> None:
-        """Import what training needs and make the rank; most of a start's time."""
+    def build(self) -> str:
+        """Import what training needs and make the rank; most of a start's time. Returns the host's name."""
         self.rank = self._say_where(lambda: make_rank(self.spec))
+        return socket.gethostname()
 
     def open_store(self) -> tuple[str, int]:
         """Host and port at which the ranks of the role meet."""

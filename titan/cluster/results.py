@@ -4,8 +4,8 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from titan.config.settings import RunConfig
-from titan.distill.rank import TEACHER, RoleReport
+from titan.config.settings import TEACHER, RunConfig
+from titan.distill.rank import RoleReport
 from titan.observe.metrics import EvalMetric, StepMetric, read_metrics
 from titan.observe.progress import role_names
 from titan.observe.summary import RoleResult

@@ -18,13 +18,13 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from titan.cluster.rank_actor import RankActor, RankError
 from titan.cluster.session import discover
 from titan.config.settings import RunConfig
-from titan.distill.rank import TEACHER, RankSpec, RoleReport
+from titan.distill.rank import RankSpec, RoleReport
 from titan.errors import PlatformError, WorkerError
 from titan.observe.events import EventLog
 from titan.observe.live import LiveDisplay
 from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric
 from titan.plan.inventory import check_fits, plan_json
-from titan.plan.layout import Layout, make_layout
+from titan.plan.layout import Layout, role_layouts
 
 POLL_S = 0.25
 RESULT_TIMEOUT_S = 30.0
@@ -71,6 +71,7 @@ class Supervisor:
         self.state = State.PLAN
         self.signals = 0
         self.actors: dict[str, list[Any]] = {}
+        self.hosts: dict[str, list[str]] = {}
         self.asked: dict[str, tuple[Any, float]] = {}
         """What each lead was asked, and since when it owes an answer."""
 
@@ -98,8 +99,7 @@ class Supervisor:
 
     def _plan(self) -> dict[str, Layout]:
         config = self.config
-        layouts = {TEACHER: make_layout(config.teacher.model, config.teacher.layout)}
-        layouts |= {student.name: make_layout(student.model, student.layout) for student in config.students}
+        layouts = role_layouts(config)
         inventory = discover(config.cluster)
         check_fits(layouts, inventory, config.cluster.cpu_ranks_per_core)
         plan = plan_json(layouts, inventory)
@@ -124,7 +124,8 @@ class Supervisor:
                 for rank, group in _rank_groups(layout, groups[role])
             ]
         building = [actor.build.remote() for actors in self.actors.values() for actor in actors]
-        self._wait(building, deadline, f"{total} ranks", "see Ray's logs in /tmp/ray", show_count=True)
+        hosts = iter(self._wait(building, deadline, f"{total} ranks", "see Ray's logs in /tmp/ray", show_count=True))
+        self.hosts = {role: [next(hosts) for _ in actors] for role, actors in self.actors.items()}
         stores = {role: actors[0].open_store.remote() for role, actors in self.actors.items()}
         joining = []
         for role, actors in self.actors.items():
@@ -203,8 +204,8 @@ class Supervisor:
                 if _error_of(ref) is None:  # else its train() says what is wrong
                     self._pass_on(role, ray.get(ref))
             elif time.monotonic() - since > self.config.cluster.step_timeout_s:
-                step, waited_s = self.last_step.get(role, 0), self.config.cluster.step_timeout_s
-                raise self._lost([WorkerError(f"{role} rank 0 has not answered for {waited_s:.0f} s, step {step}")])
+                waited_s = self.config.cluster.step_timeout_s
+                raise self._lost([WorkerError(f"{self._where(role, 0)}: no answer for {waited_s:.0f} s; it hangs")])
 
     def _last_news(self, role: str) -> None:
         """What a lead had to say when its role ended."""
@@ -244,13 +245,17 @@ class Supervisor:
         self.events.emit("failed", error=message)
         return WorkerError(message)
 
+    def _where(self, role: str, rank: int) -> str:
+        """A rank that cannot speak for itself, in the words of those that can."""
+        host = self.hosts[role][rank] if role in self.hosts else "a host it had not reached"
+        return f"{role} rank {rank} on {host}, about step {self.last_step.get(role, 0)}"
+
     def _describe_death(self, error: Exception) -> str:
         """A process that died without a word: say which, and where it was."""
         for role, actors in self.actors.items():
             for rank, actor in enumerate(actors):
                 if getattr(error, "actor_id", None) == actor._actor_id.hex():
-                    step = self.last_step.get(role, 0)
-                    return f"{role} rank {rank} died at about step {step}: its process was killed or crashed"
+                    return f"{self._where(role, rank)}: its process was killed or crashed"
         return f"a rank died: {str(error).splitlines()[0]}"
 
 

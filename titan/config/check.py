@@ -4,10 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, RunConfig
-
-MOST_TENSOR_RANKS = 64
-"""The vocabulary is padded to a multiple of this."""
+from titan.config.settings import TEACHER, VOCAB_MULTIPLE, LayoutSettings, ModelSettings, OptimizerSettings, RunConfig
 
 
 def find_mistakes(config: RunConfig) -> list[str]:
@@ -49,11 +46,11 @@ def _layout_mistakes(name: str, model: ModelSettings, layout: LayoutSettings, co
     elif layout.layers is not None and sum(layout.layers) != model.layers:
         yield f"{name}.layers adds up to {sum(layout.layers)}, the model has {model.layers}; make them equal"
     cut = {"kv_heads": model.num_kv_heads, "ffn": model.ffn, "hidden": model.hidden}
-    whole = math.gcd(MOST_TENSOR_RANKS, *cut.values())
+    whole = math.gcd(VOCAB_MULTIPLE, *cut.values())
     if whole % layout.tp:
         yield (
             f"{name}.tp is {layout.tp}; want a power of two that divides "
-            f"{', '.join(f'{what} ({value})' for what, value in cut.items())} and {MOST_TENSOR_RANKS}, "
+            f"{', '.join(f'{what} ({value})' for what, value in cut.items())} and {VOCAB_MULTIPLE}, "
             f"so at most {whole}"
         )
     if layout.shard not in (1, layout.dp):
@@ -91,7 +88,7 @@ def _student_mistakes(config: RunConfig) -> Iterator[str]:
         yield f"students.name {name!r} is used {names.count(name)} times; give every student a name of its own"
     for student in config.students:
         here = f"students.{student.name}"
-        if student.name == "teacher":
+        if student.name == TEACHER:
             yield f"{here}.name is taken by the teacher; choose another"
         start = student.start
         if start.step is not None and start.lead is not None:

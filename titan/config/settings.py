@@ -7,6 +7,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
 
+TEACHER = "teacher"
+"""Name of the teacher's role; no student may have it."""
+VOCAB_MULTIPLE = 64
+"""The vocabulary is padded to a multiple of this in every layout, so that shapes do not depend on the layout."""
+
 
 class Section(BaseModel):
     """A section of run.toml: values are frozen, types are strict, unknown keys are mistakes."""

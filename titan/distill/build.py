@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from titan.distill.rank import TEACHER, RankSpec
+from titan.config.settings import TEACHER
+from titan.distill.rank import RankSpec
 
 if TYPE_CHECKING:
     from titan.distill.role import RoleRank

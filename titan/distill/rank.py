@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan.config.settings import RunConfig, StudentSettings, TeacherSettings
-
-TEACHER = "teacher"
+from titan.config.settings import TEACHER, RunConfig, StudentSettings, TeacherSettings
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 import queue
 import threading
 import time
+from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Any
 
@@ -29,7 +30,7 @@ from titan.train.trainer import StepResult, Trainer, TrainerSettings
 NATS_PER_BIT = 0.6931471805599453
 
 
-class RoleRank:
+class RoleRank(ABC):
     """What teacher and student ranks share; `train` is theirs."""
 
     def __init__(self, spec: RankSpec, platform: Platform):
@@ -92,15 +93,15 @@ class RoleRank:
 
     # --- training ---
 
+    @abstractmethod
     def train(self) -> RoleReport:
         """Train to the end of the run, or until asked to stop."""
-        raise NotImplementedError  # a role is a teacher or a student
 
     def own_state(self) -> dict[str, Any]:
         """What the role keeps besides the model, as JSON."""
         return {}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027  (a teacher keeps nothing)
         """Inverse of `own_state`."""
 
     def save_checkpoint(self) -> None:

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titan.config.settings import ModelSettings
+from titan.config.settings import VOCAB_MULTIPLE, ModelSettings
 
 INIT_STD = 0.02
-VOCAB_MULTIPLE = 64
-"""The vocabulary is padded to a multiple of this in every layout, so that shapes do not depend on the layout."""
 
 
 @dataclass(frozen=True)

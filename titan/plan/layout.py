@@ -4,7 +4,7 @@ import itertools
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from titan.config.settings import LayoutSettings, ModelSettings
+from titan.config.settings import TEACHER, LayoutSettings, ModelSettings, RunConfig
 
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
@@ -105,6 +105,12 @@ def make_layout(model: ModelSettings, settings: LayoutSettings) -> Layout:
         first_layer += num_layers
         first_rank += settings.tp * settings.dp
     return Layout(tuple(stages), settings.num_micro_batches, settings.sequence_parallel, settings.recompute)
+
+
+def role_layouts(config: RunConfig) -> dict[str, Layout]:
+    """The layout of every role, the teacher's first."""
+    layouts = {TEACHER: make_layout(config.teacher.model, config.teacher.layout)}
+    return layouts | {student.name: make_layout(student.model, student.layout) for student in config.students}
 
 
 def replica_shares(samples: int, dp: int) -> tuple[tuple[int, int], ...]:
