@@ -12,7 +12,8 @@ from torch import Tensor
 import titan.ops.head as head_module
 from tests.worlds import World, run_world
 from titan.config.settings import LayoutSettings
-from titan.ops.head import HeadResult, Objective, SparseLabels, VocabShard, run_head
+from titan.ops.head import Chunk, HeadResult, Objective, VocabShard, run_head
+from titan.ops.label import SparseLabels
 
 WIDTH = 16
 FLOOR = head_module.SMALLEST_TAIL
@@ -97,7 +98,9 @@ def dense(case: Case) -> Dense:
     return Dense(cross_entropy.detach(), divergence.detach(), grad_hidden, grad_weight, log_q.detach(), log_q_tempered)
 
 
-def head_of(case: Case, world: World | None = None, top_k: int = 0) -> tuple[HeadResult, Tensor]:
+def head_of(
+    case: Case, world: World | None = None, top_k: int = 0, chunk: Chunk | None = None
+) -> tuple[HeadResult, Tensor]:
     """The head of this rank and its gradient of the weight (on top of 0.5 that was there before)."""
     tp = 1 if world is None else world.place.stage.tp
     tensor = 0 if world is None else world.place.tensor
@@ -107,7 +110,7 @@ def head_of(case: Case, world: World | None = None, top_k: int = 0) -> tuple[Hea
     result = run_head(
         case.hidden_ND, case.weight_VD[shard.start : shard.start + rows], case.targets_N, case.token_weight_N, shard,
         objective=case.objective, labels=case.labels, grad_weight_VD=grad_weight, grad_scale=case.grad_scale,
-        top_k=top_k,
+        top_k=top_k, chunk=chunk,
     )  # fmt: skip
     return result, grad_weight - 0.5
 
@@ -251,11 +254,13 @@ def test_looking_only_gives_the_same_losses_and_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 128, 150])
-def test_chunk_boundaries_change_nothing(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "chunk", [Chunk(64), Chunk(1), Chunk(64, 128), Chunk(1000, 64), Chunk(7, 37), Chunk(64, 1)], ids=str
+)
+def test_chunk_boundaries_change_nothing(tokens: int, chunk: Chunk) -> None:
     case = make_case(tokens=tokens)
     whole, grad_whole = head_of(case, top_k=4)
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", 1)  # 64 tokens, the least
-    result, grad_weight = head_of(case, top_k=4)
+    result, grad_weight = head_of(case, top_k=4, chunk=chunk)
     assert_like_dense(case, result, grad_weight)
     assert (grad_weight - grad_whole).abs().max() < 1e-5
     assert whole.labels is not None and result.labels is not None
@@ -323,9 +328,8 @@ def sharded_heads(world: World) -> list[tuple[Any, Tensor]]:
     answers = []
     for size, rows in SHARDED.values():
         for objective in TEMPERED:
-            for chunk in (1, 1 << 20):
-                head_module.CHUNK_ELEMENTS = chunk
-                answers.append(head_of(make_case(objective, tokens=100, size=size, rows=rows), world, top_k=9))
+            case = make_case(objective, tokens=100, size=size, rows=rows)
+            answers += [head_of(case, world, 9, chunk) for chunk in (Chunk(64), Chunk(), Chunk(64, 48))]
     return answers
 
 
@@ -334,7 +338,7 @@ def test_a_sharded_vocabulary_gives_the_dense_losses_gradients_and_labels(tp: in
     ranks = run_world(LayoutSettings(tp=tp), sharded_heads)
     cases = [make_case(objective, 100, size, rows) for size, rows in SHARDED.values() for objective in TEMPERED]
     for index, answers in enumerate(zip(*ranks, strict=True)):
-        case = cases[index // 2]
+        case = cases[index // 3]
         grad_weight = torch.cat([grad for _, grad in answers])
         for result, _ in answers:
             assert_like_dense(case, result, grad_weight)

@@ -156,7 +156,7 @@ def _compiler() -> Finding:
     compiler = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), None)
     found = [f"{compiler} {_first_line(compiler, '-dumpversion')}" if compiler else "no C++ compiler"]
     found.append("nvcc" if shutil.which("nvcc") else "no nvcc")
-    return Finding("compiler", ", ".join(found), "a run compiles nothing")
+    return Finding("compiler", ", ".join(found), "for building titan's kernels; a run compiles nothing")
 
 
 def _first_line(*command: str) -> str:
@@ -211,9 +211,25 @@ def _choices() -> Iterator[Finding]:
     elif count and not torch.distributed.is_nccl_available():
         problem = "torch was built without NCCL, install the CUDA wheel from pytorch.org"
     yield Finding("collectives", collectives, why, problem)
-    yield Finding("attention", "torch scaled_dot_product_attention", "the only one so far")
-    yield Finding("norm", "torch rms_norm", "the only one so far")
+    yield _kernels(device.kind)
     yield _optimizer(bool(count))
+
+
+def _kernels(device: str) -> Finding:
+    """What each operation of a model gets, and why nothing better."""
+    from titan.errors import ConfigError
+    from titan.ops.choose import choices
+
+    try:
+        chosen = choices(device)
+    except ConfigError as error:
+        return Finding("kernels", "unknown", problem=str(error))
+    by_backend: dict[str, list[str]] = {}
+    for operation, choice in chosen.items():
+        by_backend.setdefault(choice.backend, []).append(operation)
+    found = "; ".join(f"{backend}: {', '.join(operations)}" for backend, operations in by_backend.items())
+    reasons = sorted({choice.reason for choice in chosen.values() if choice.reason})
+    return Finding("kernels", found, "; ".join(reasons))
 
 
 def _optimizer(on_cuda: bool) -> Finding:

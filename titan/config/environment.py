@@ -32,3 +32,8 @@ def cpu_count() -> int:
 def user_cache_variable() -> str | None:
     """Folder for prepared corpora that `TITAN_CACHE` names, if it is set."""
     return os.environ.get("TITAN_CACHE")
+
+
+def kernels_variable() -> str:
+    """What `TITAN_KERNELS` says of implementations of operations, as titan.ops.choose reads it; "" if unset."""
+    return os.environ.get("TITAN_KERNELS", "")

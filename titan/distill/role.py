@@ -21,6 +21,7 @@ from titan.data.sampler import Sampler
 from titan.distill.rank import RankSpec, RoleReport
 from titan.model.parameters import num_parameters
 from titan.observe.metrics import EvalMetric, StepMetric
+from titan.ops.choose import choices
 from titan.parallel.world import join_world
 from titan.plan.layout import make_layout
 from titan.platform.device import Platform
@@ -90,6 +91,8 @@ class RoleRank(ABC):
             self.train_seconds = checkpoint.state["train_seconds"]
             self.load_state(checkpoint.state)
         self.saved_step = self.step
+        kernels = choices(self.world.platform.kind)
+        self.tell_event("kernels", **{operation: choice.backend for operation, choice in kernels.items()})
 
     # --- training ---
 

@@ -1,6 +1,6 @@
-"""megatron-core's transformer layer with our norm, attention and residual plugged in as spec submodules."""
-
-from typing import Any
+"""megatron-core's transformer layer with our operations plugged in: norms with their residual, rotary embedding,
+attention and SwiGLU. What it computes between its projections is all titan.ops.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,63 +8,80 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import ModuleSpec, TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from titan.config.settings import ModelSettings
-from titan.ops.attention import grouped_query_attention
-from titan.ops.norm import rms_norm
+from titan.ops.attention import Visibility, attention
+from titan.ops.norm import residual_rms_norm, rms_norm
+from titan.ops.rope import rope
+from titan.ops.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
     """RMSNorm that also works on a slice of the sequence; megatron-core's own asserts that away on CPU."""
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: Any):
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float, **_: object):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., hidden_size]."""
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, hidden: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Norm of hidden + branch, and that sum; both [..., hidden_size]. Without a branch the sum is hidden."""
+        if branch is None:
+            return rms_norm(hidden, self.weight, self.eps), hidden
+        return residual_rms_norm(branch, hidden, self.weight, self.eps)
 
 
-class CoreAttention(nn.Module):
-    """The part of attention between the projections; the mask comes with the batch, causal when there is none."""
+class Attention(SelfAttention):
+    """megatron-core's projections around our rotary embedding and attention."""
 
-    def __init__(self, **_: Any):
-        super().__init__()
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any) -> Tensor:
-        """Shapes as in titan.ops.attention."""
-        return grouped_query_attention(query, key, value, mask)
-
-
-def add_residual(training: bool, fused: bool) -> Any:
-    """megatron-core's hook for bias, dropout and residual; titan has neither bias nor dropout."""
-
-    def add(output_and_bias: tuple[Tensor, None], residual: Tensor, probability: float) -> Tensor:
-        return residual + output_and_bias[0]
-
-    return add
+    def forward(self, normed: Tensor, rope_table: Tensor, visibility: Visibility) -> Tensor:
+        """normed: [S, B, hidden]; rope_table: as titan.model.stage.rope_table makes it."""
+        query, key, value = self.get_query_key_value_tensors(normed)
+        query, key = rope(query, rope_table), rope(key, rope_table)
+        output: Tensor = self.linear_proj(attention(query, key, value, visibility))[0]
+        return output
 
 
-def layer_spec() -> ModuleSpec:
-    """Spec of one decoder layer."""
-    attention = SelfAttentionSubmodules(
-        linear_qkv=ColumnParallelLinear, core_attention=CoreAttention, linear_proj=RowParallelLinear
+class GatedMLP(MLP):
+    """megatron-core's projections around our SwiGLU."""
+
+    def forward(self, normed: Tensor) -> Tensor:
+        """normed: [S, B, hidden]."""
+        output: Tensor = self.linear_fc2(swiglu(self.linear_fc1(normed)[0]))[0]
+        return output
+
+
+class Layer(TransformerLayer):
+    """One decoder layer. The sum with its last branch is left to the next norm, which needs it anyway."""
+
+    def forward(
+        self, hidden: Tensor, branch: Tensor | None, rope_table: Tensor, visibility: Visibility
+    ) -> tuple[Tensor, Tensor]:
+        """hidden, branch: [S, B, hidden], whose sum is the layer's input; the same of its output comes back."""
+        normed, hidden = self.input_layernorm(hidden, branch)
+        attended = self.self_attention(normed, rope_table, visibility)
+        normed, hidden = self.pre_mlp_layernorm(hidden, attended)
+        return hidden, self.mlp(normed)
+
+
+def layer_spec(tensor_group: ProcessGroup) -> ModuleSpec:
+    """Spec of one decoder layer whose projections are cut over a group."""
+    projections = SelfAttentionSubmodules(
+        linear_qkv=ColumnParallelLinear, core_attention=IdentityOp, linear_proj=RowParallelLinear
     )
     mlp = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
-            self_attn_bda=add_residual,
+            self_attention=ModuleSpec(Attention, {"attn_mask_type": AttnMaskType.causal}, projections),
             pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(MLP, submodules=mlp),
-            mlp_bda=add_residual,
+            mlp=ModuleSpec(GatedMLP, {"tp_group": tensor_group}, mlp),  # megatron-core gives it to its own MLP only
         ),
     )
 

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from titan.config.settings import ModelSettings
 from titan.model.layer_spec import RMSNorm, layer_spec, transformer_config
 from titan.model.parameters import padded_vocab
+from titan.ops.attention import Visibility
 
 
 def gradient_buffer(parameter: nn.Parameter) -> Tensor:
@@ -62,7 +63,7 @@ class StageModel(nn.Module):
                 config=self.config,
                 tp_group=groups.tp,
             )
-        spec = layer_spec()
+        spec = layer_spec(groups.tp)
         self.layers = nn.ModuleDict(
             {
                 str(index): build_module(spec, config=self.config, layer_number=index + 1, pg_collection=groups)
@@ -83,19 +84,24 @@ class StageModel(nn.Module):
     def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """One micro-batch through this stage's blocks.
 
-        inputs:  `rope` [S, 1, 1, D]; the first stage `tokens` [B, S] int64, a later one `hidden`
-                 [S, B, hidden] ([S / tp, B, hidden] with sequence parallelism); maybe `mask`, as in titan.ops.attention
+        inputs:  `rope` from rope_table; the first stage `tokens` [B, S] int64, a later one `hidden` [S, B, hidden]
+                 ([S / tp, B, hidden] with sequence parallelism); maybe `segments` [B, S] int32: a token sees its own
         returns: `hidden` of the same shape, after the final norm on the last stage
         """
         hidden = self._embed(inputs["tokens"]) if self.blocks.has_embedding else inputs["hidden"]
+        segments = inputs.get("segments")
+        visibility = Visibility(causal=True, query_segments=segments, key_segments=segments)
+        branch: Tensor | None = None
         for layer in self.layers.values():
-            run = partial(layer, attention_mask=inputs.get("mask"), rotary_pos_emb=inputs["rope"])
+            run = partial(layer, rope_table=inputs["rope"], visibility=visibility)
             if self.recompute and torch.is_grad_enabled():
-                hidden, _ = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+                hidden, branch = checkpoint(run, hidden, branch, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden, _ = run(hidden)
+                hidden, branch = run(hidden, branch)
         if self.blocks.has_head:
-            hidden = self.final_norm(hidden)
+            hidden, _ = self.final_norm(hidden, branch)
+        elif branch is not None:
+            hidden = hidden + branch
         return {"hidden": hidden}
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
@@ -105,9 +111,9 @@ class StageModel(nn.Module):
         return embedded.transpose(0, 1).contiguous()
 
 
-def rope_angles(model: ModelSettings, sequence_length: int, device: torch.device) -> Tensor:
-    """Rotary angles (arXiv 2104.09864) in the half-split order that Llama uses: [S, 1, 1, D] float32."""
+def rope_table(model: ModelSettings, sequence_length: int, device: torch.device) -> Tensor:
+    """Cosine and sine of the rotary angles (arXiv 2104.09864), in Llama's half-split order: [2, S, D / 2] float32."""
     width = model.hidden // model.heads
     frequencies = model.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
     angles = torch.outer(torch.arange(sequence_length, dtype=torch.float32, device=device), frequencies)
-    return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+    return torch.stack([angles.cos(), angles.sin()])

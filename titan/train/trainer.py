@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, Precision
-from titan.model.stage import rope_angles
-from titan.ops.head import Objective, TeacherSays
+from titan.model.stage import rope_table
+from titan.ops.head import Objective
+from titan.ops.label import TeacherSays
 from titan.parallel.executor import EdgeShapes, HeadStep, PipelineExecutor, Tensors
 from titan.parallel.stage import build_stage
 from titan.parallel.world import World
@@ -70,7 +71,7 @@ class Trainer:
         self.stage = build_stage(world, settings.model, settings.vocab_size, self.dtype, settings.seed)
         self.optimizer = RoleOptimizer(self.stage, settings.optimizer, self.dtype)
         self.executor = PipelineExecutor(world, self.dtype)
-        self.rope = rope_angles(settings.model, settings.sequence_length, world.platform.device)
+        self.rope = rope_table(settings.model, settings.sequence_length, world.platform.device)
         self.shard = None
         if world.place.stage.has_head:
             self.shard = vocab_shard(self.stage.module, settings.vocab_size, world.groups.tp)

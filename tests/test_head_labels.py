@@ -1,0 +1,350 @@
+"""Forms of sparse labels in the loss, and the labels a teacher makes, against dense float64."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.worlds import World, run_world
+from titan.config.settings import LayoutSettings
+from titan.ops.head import Chunk, HeadResult, Objective, VocabShard, run_head
+from titan.ops.label import SparseLabels, TailDraws, TeacherSays
+
+WIDTH = 16
+SIZE, ROWS = 90, 128
+
+
+def problem(tokens: int = 30, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden states, output weight, targets, and a teacher's log-probabilities over the whole vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(tokens, WIDTH, generator=generator)
+    weight = torch.randn(ROWS, WIDTH, generator=generator) * 0.5
+    targets = torch.randint(0, SIZE, (tokens,), generator=generator)
+    teacher = (torch.randn(tokens, SIZE, generator=generator, dtype=torch.float64) * 2).log_softmax(1)
+    return hidden, weight, targets, teacher
+
+
+def tempered(log_p: Tensor, temperature: float) -> Tensor:
+    return (log_p / temperature).log_softmax(1)
+
+
+def gradients(
+    labels: SparseLabels | None, objective: Objective, chunk: Chunk | None = None, tokens: int = 30
+) -> tuple[HeadResult, Tensor]:
+    hidden, weight, targets, _ = problem(tokens)
+    grad_weight = torch.zeros(ROWS, WIDTH)
+    result = run_head(
+        hidden, weight, targets, torch.ones(tokens), VocabShard(0, ROWS, SIZE, None), objective=objective,
+        labels=labels, grad_weight_VD=grad_weight, chunk=chunk,
+    )  # fmt: skip
+    return result, grad_weight
+
+
+def dense_gradients(loss_of_logits: object, tokens: int = 30) -> tuple[Tensor, Tensor]:
+    """Of a loss written in whole float64 logits."""
+    hidden, weight, _, _ = problem(tokens)
+    hidden, weight = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    loss = loss_of_logits((hidden @ weight.T)[:, :SIZE])  # type: ignore[operator]
+    return torch.autograd.grad(loss, (hidden, weight))
+
+
+def assert_gradients(result: HeadResult, grad_weight: Tensor, expected: tuple[Tensor, Tensor]) -> None:
+    assert result.grad_hidden_ND is not None
+    for got, wanted in zip((result.grad_hidden_ND, grad_weight), expected, strict=True):
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("chunk", [None, Chunk(7), Chunk(11, 37)], ids=str)
+def test_weights_that_sum_to_one_give_the_cross_entropy_of_those_weights(
+    temperature: float, chunk: Chunk | None
+) -> None:
+    """A renormalised top k; and sampled ids, some of them twice."""
+    _, _, targets, teacher = problem()
+    log_p, top = tempered(teacher, temperature).topk(6, dim=1)
+    top_k = SparseLabels(top, log_p.log_softmax(1).float(), tail="none")
+    sampled = torch.multinomial(teacher.exp(), 8, replacement=True, generator=torch.Generator().manual_seed(1))
+    shares = SparseLabels(sampled, torch.full((30, 8), -math.log(8)), tail="none")
+    for labels in (top_k, shares):
+        objective = Objective(0.7, temperature)
+        result, grad_weight = gradients(labels, objective, chunk)
+        p = labels.log_prob_NK.double().exp()
+
+        def loss(z: Tensor, labels: SparseLabels = labels, p: Tensor = p) -> Tensor:
+            soft = -(p * tempered(z, temperature).gather(1, labels.ids_NK)).sum()
+            hard = torch.nn.functional.cross_entropy(z, targets, reduction="sum")
+            return 0.3 * hard + 0.7 * temperature**2 * soft
+
+        assert_gradients(result, grad_weight, dense_gradients(loss))
+
+
+@pytest.mark.parametrize("shrink", [1.0, 0.4])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_draws_of_the_tail_have_the_gradient_of_their_surrogate(temperature: float, shrink: float) -> None:
+    """Bucket KL minus shrink (1 - P) / M sum_j stopgrad(w_j) z_j / T; rows have different numbers of draws."""
+    labels, head_mass, tail_log_p = head_and_draws(temperature, draws=3)
+    assert labels.draw_log_prob_NM is not None and labels.draw_ids_NM is not None
+    fewer = labels.draw_log_prob_NM.clone()
+    fewer[::3, 1] = -torch.inf
+    fewer[5] = -torch.inf
+    per_token = torch.full((30,), shrink) * torch.linspace(0.5, 1.0, 30)
+    labels = replace(labels, draw_log_prob_NM=fewer, shrink=per_token)
+    result, grad_weight = gradients(labels, Objective(1.0, temperature))
+
+    def loss(z: Tensor) -> Tensor:
+        log_q = tempered(z, temperature)
+        q = log_q.exp()
+        in_head = torch.zeros_like(q, dtype=torch.bool).scatter(1, labels.ids_NK, True)
+        tail_q = q.masked_fill(in_head, 0.0).sum(1)
+        tail_p = 1 - head_mass
+        log_p = labels.log_prob_NK.double()
+        bucket = (log_p.exp() * (log_p - log_q.gather(1, labels.ids_NK))).sum(1) + tail_p * (tail_p / tail_q).log()
+        ids, present = labels.draw_ids_NM, fewer > -torch.inf
+        w = 1 - (q / tail_q[:, None]).gather(1, ids) / tail_log_p.gather(1, ids).exp()
+        count = present.sum(1).clamp_min(1)
+        term = (w.detach() * z.gather(1, ids) / temperature * present).sum(1) * per_token * tail_p / count
+        return temperature**2 * (bucket - term).sum()
+
+    assert_gradients(result, grad_weight, dense_gradients(loss))
+
+
+def head_and_draws(temperature: float, draws: int) -> tuple[SparseLabels, Tensor, Tensor]:
+    """Labels of the four most likely ids and independent draws; the head's mass; the log of the teacher's tail."""
+    teacher = tempered(problem()[3], temperature)
+    log_p, head = teacher.topk(4, dim=1)
+    tail = teacher.scatter(1, head, -torch.inf).log_softmax(1)
+    drawn = torch.multinomial(tail.exp(), draws, replacement=True, generator=torch.Generator().manual_seed(2))
+    labels = SparseLabels(head, log_p.float(), "bucket", drawn, teacher.gather(1, drawn).float())
+    return labels, log_p.exp().sum(1), tail
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_over_all_draws_loss_and_gradient_are_those_of_the_whole_distribution(temperature: float) -> None:
+    """Not sampled: each possible draw, weighted by the teacher's probability of drawing it."""
+    labels, _, tail = head_and_draws(temperature, draws=1)
+    teacher = tempered(problem()[3], temperature)
+    mean_hidden = torch.zeros(30, WIDTH, dtype=torch.float64)
+    divergence = torch.zeros((), dtype=torch.float64)
+    for id in range(SIZE):
+        # tokens that have this id in the head never draw it: their probability below is 0
+        drawn = torch.full((30, 1), id)
+        one = replace(labels, draw_ids_NM=drawn, draw_log_prob_NM=teacher[:, id : id + 1].float())
+        probability = tail[:, id].exp()
+        result, _ = gradients(one, Objective(1.0, temperature))
+        assert result.grad_hidden_ND is not None
+        mean_hidden += result.grad_hidden_ND.double() * probability[:, None]
+        hidden, weight, targets, _ = problem()
+        only = run_head(
+            hidden, weight, targets, probability.float(), VocabShard(0, ROWS, SIZE, None),
+            objective=Objective(1.0, temperature), labels=one,
+        )  # fmt: skip
+        divergence += only.divergence
+
+    def kl(z: Tensor) -> Tensor:
+        return (teacher.exp() * (teacher - tempered(z, temperature))).sum()
+
+    expected, _ = dense_gradients(lambda z: temperature**2 * kl(z))
+    assert (mean_hidden - expected).abs().max() <= 1e-5 * expected.abs().max()
+    hidden, weight, _, _ = problem()
+    exact = kl((hidden.double() @ weight.double().T)[:, :SIZE])
+    assert divergence.item() == pytest.approx(exact.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("soft", [0.0, 0.6, 1.0])
+def test_z_loss_adds_the_square_of_the_log_norm(temperature: float, soft: float) -> None:
+    *_, teacher = problem()
+    labels = SparseLabels(*reversed_pair(tempered(teacher, temperature).topk(5, dim=1)))
+    objective = Objective(soft, temperature, z_loss=0.01)
+    result, grad_weight = gradients(labels, objective)
+    without, grad_without = gradients(labels, replace(objective, z_loss=0.0))
+    assert result.grad_hidden_ND is not None and without.grad_hidden_ND is not None
+    hidden, weight, _, _ = problem()
+    exact = (hidden.double() @ weight.double().T)[:, :SIZE].logsumexp(1).square().sum()
+    assert result.squared_log_norm.item() == pytest.approx(exact.item(), rel=1e-6)
+    expected = dense_gradients(lambda z: 0.01 * z.logsumexp(1).square().sum())
+    added = replace(result, grad_hidden_ND=result.grad_hidden_ND - without.grad_hidden_ND)
+    scale = max(result.grad_hidden_ND.abs().max(), grad_weight.abs().max())
+    for got, wanted in zip((added.grad_hidden_ND, grad_weight - grad_without), expected, strict=True):
+        assert got is not None and (got - wanted).abs().max() <= 1e-5 * scale
+
+
+def reversed_pair(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    values, ids = pair
+    return ids, values.float()
+
+
+def test_entries_of_probability_zero_are_as_if_they_were_not_there() -> None:
+    labels, _, _ = head_and_draws(1.0, draws=2)
+    assert labels.draw_ids_NM is not None and labels.draw_log_prob_NM is not None
+    nothing = torch.full((30, 2), -torch.inf)
+    padded = replace(
+        labels,
+        ids_NK=torch.cat([labels.ids_NK, torch.zeros(30, 2, dtype=torch.int64)], 1),
+        log_prob_NK=torch.cat([labels.log_prob_NK, nothing], 1),
+        draw_ids_NM=torch.cat([labels.draw_ids_NM, torch.zeros(30, 2, dtype=torch.int64)], 1),
+        draw_log_prob_NM=torch.cat([labels.draw_log_prob_NM, nothing], 1),
+    )
+    result, grad = gradients(labels, Objective(0.8))
+    same, grad_same = gradients(padded, Objective(0.8))
+    assert torch.allclose(result.divergence, same.divergence) and torch.allclose(grad, grad_same, atol=1e-7)
+    bare = replace(padded, draw_log_prob_NM=torch.full((30, 4), -torch.inf))
+    bucket = SparseLabels(labels.ids_NK, labels.log_prob_NK)
+    assert torch.allclose(gradients(bare, Objective(0.8))[1], gradients(bucket, Objective(0.8))[1], atol=1e-7)
+
+
+# --- labels that a teacher makes ---
+
+
+def draws_of(tokens: int, count: int, seed: int = 5) -> TailDraws:
+    return TailDraws(count, seed, torch.arange(tokens) // 7, torch.arange(tokens) % 7)
+
+
+def says(
+    world: World | None = None, chunk: Chunk | None = None, temperature: float = 1.0, tokens: int = 70
+) -> TeacherSays:
+    hidden, weight, targets, _ = problem(tokens)
+    weight = (weight * 64).round() / 64  # exact products, so that every layout has the same logits bit for bit
+    hidden = (hidden * 64).round() / 64
+    tp = 1 if world is None else world.place.stage.tp
+    start = 0 if world is None else world.place.tensor * (ROWS // tp)
+    shard = VocabShard(start, ROWS // tp, SIZE, None if world is None else world.groups.tp)
+    result = run_head(
+        hidden, weight[start : start + ROWS // tp], targets, torch.ones(tokens), shard,
+        objective=Objective(temperature=temperature), top_k=5, draws=draws_of(tokens, 6), chunk=chunk,
+    )  # fmt: skip
+    assert result.labels is not None
+    return result.labels
+
+
+def exact_log_p(temperature: float, tokens: int = 70) -> Tensor:
+    hidden, weight, _, _ = problem(tokens)
+    weight, hidden = (weight * 64).round() / 64, (hidden * 64).round() / 64
+    return tempered((hidden.double() @ weight.double().T)[:, :SIZE], temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_label_has_its_entropy_and_draws_with_their_probabilities(temperature: float) -> None:
+    label = says(temperature=temperature)
+    log_p, log_p_T = exact_log_p(1.0), exact_log_p(temperature)
+    assert (label.entropy_N - -(log_p.exp() * log_p).sum(1)).abs().max() < 1e-5
+    assert label.draw_ids_NM is not None and label.draw_log_prob_NM is not None
+    assert (label.draw_log_prob_NM - log_p_T.gather(1, label.draw_ids_NM)).abs().max() < 1e-5
+    in_head = (label.draw_ids_NM[:, :, None] == label.ids_NK[:, None, :]).any()
+    assert not in_head and label.draw_ids_NM.max() < SIZE
+
+
+def test_each_draw_comes_from_its_slice_of_the_tail() -> None:
+    """Draw j of six lies between j/6 and (j+1)/6 of the tail's mass in order of ids."""
+    label = says()
+    assert label.draw_ids_NM is not None
+    tail = exact_log_p(1.0).exp().scatter(1, label.ids_NK, 0.0)
+    end = tail.cumsum(1) / tail.sum(1, keepdim=True)
+    begin = end - tail / tail.sum(1, keepdim=True)
+    slices = torch.arange(6)
+    assert (end.gather(1, label.draw_ids_NM) >= slices / 6 - 1e-6).all()
+    assert (begin.gather(1, label.draw_ids_NM) <= (slices + 1) / 6 + 1e-6).all()
+
+
+def test_the_same_sample_and_position_draw_the_same_whatever_the_batch_and_chunks() -> None:
+    label = says()
+    for chunk in (Chunk(64), Chunk(1)):
+        other = says(chunk=chunk)
+        assert label.draw_ids_NM is not None and other.draw_ids_NM is not None
+        assert torch.equal(label.draw_ids_NM, other.draw_ids_NM)
+
+
+def sharded_says(world: World) -> list[TeacherSays]:
+    return [says(world, temperature=temperature) for temperature in (1.0, 2.0)]
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_labels_and_draws_are_the_same_however_the_vocabulary_is_cut(tp: int) -> None:
+    wanted = [says(temperature=temperature) for temperature in (1.0, 2.0)]
+    for answers in run_world(LayoutSettings(tp=tp), sharded_says):
+        for got, want in zip(answers, wanted, strict=True):
+            assert torch.equal(got.ids_NK, want.ids_NK)
+            assert got.draw_ids_NM is not None and want.draw_ids_NM is not None
+            assert torch.equal(got.draw_ids_NM, want.draw_ids_NM)
+            assert torch.allclose(got.entropy_N, want.entropy_N, atol=1e-5)
+
+
+def test_a_head_that_is_the_whole_vocabulary_leaves_nothing_to_draw() -> None:
+    hidden, weight, targets, _ = problem(4)
+    result = run_head(
+        hidden, weight, targets, torch.ones(4), VocabShard(0, ROWS, SIZE, None), objective=Objective(), top_k=SIZE,
+        draws=draws_of(4, 3),
+    )  # fmt: skip
+    assert result.labels is not None and result.labels.draw_log_prob_NM is not None
+    assert (result.labels.draw_log_prob_NM == -torch.inf).all()
+    itself = SparseLabels(
+        result.labels.ids_NK,
+        result.labels.log_prob_NK,
+        "bucket",
+        result.labels.draw_ids_NM,
+        result.labels.draw_log_prob_NM,
+    )
+    assert gradients(itself, Objective(1.0), tokens=4)[0].divergence.isfinite()
+
+
+# --- as a user calls it ---
+
+
+def test_the_whole_loss_compiles_as_one_graph() -> None:
+    hidden, weight, targets, _ = problem()
+    labels, _, _ = head_and_draws(1.0, draws=2)
+
+    def loss(hidden: Tensor, weight: Tensor, grad_weight: Tensor) -> tuple[Tensor, Tensor]:
+        result = run_head(
+            hidden, weight, targets, torch.ones(30), VocabShard(0, ROWS, SIZE, None), objective=Objective(0.5),
+            labels=labels, grad_weight_VD=grad_weight, chunk=Chunk(8),
+        )  # fmt: skip
+        assert result.grad_hidden_ND is not None
+        return result.divergence, result.grad_hidden_ND
+
+    eager, whole = torch.zeros(ROWS, WIDTH), torch.zeros(ROWS, WIDTH)
+    wanted = loss(hidden, weight, eager)
+    got = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight, whole)
+    assert torch.allclose(got[0], wanted[0]) and torch.allclose(got[1], wanted[1]) and torch.allclose(eager, whole)
+
+
+def test_a_mistake_is_named() -> None:
+    hidden, weight, targets, _ = problem()
+    labels, _, _ = head_and_draws(1.0, draws=2)
+    shard, ones = VocabShard(0, ROWS, SIZE, None), torch.ones(30)
+
+    def call(message: str, **changes: object) -> None:
+        arguments: dict[str, object] = {
+            "hidden_ND": hidden, "weight_VD": weight, "targets_N": targets, "token_weight_N": ones, "shard": shard,
+            "objective": Objective(0.5), "labels": labels,
+        }  # fmt: skip
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            run_head(**(arguments | changes))  # type: ignore[arg-type]
+
+    call(r"weight_VD must be \[128, 16\], got \[64, 16\]", weight_VD=weight[:64])
+    call("weight_VD must be torch.float32 as hidden_ND is", weight_VD=weight.double())
+    call(r"targets_N must be \[30\], got \[29\]", targets_N=targets[1:])
+    call(r"token_weight_N must be \[30\]", token_weight_N=ones[1:])
+    call("objective.weight must be from 0 to 1, got 1.5", objective=Objective(1.5))
+    call("temperature above 0", objective=Objective(0.5, 0.0))
+    call("top_k must be from 0 to the vocabulary's 90, got 91", top_k=91)
+    call("draws need a head", draws=draws_of(30, 2))
+    call("chunk.columns must be None", draws=draws_of(30, 2), top_k=2, chunk=Chunk(columns=8))
+    call("chunk.tokens must be at least 1, got 0", chunk=Chunk(tokens=0))
+    call(
+        r"labels.ids_NK must be in \[0, 90\), got 0 to 90",
+        labels=replace(labels, ids_NK=labels.ids_NK.clone().fill_(90).triu()),
+    )
+    call(
+        r"labels.log_prob_NK must hold probabilities that sum to at most 1",
+        labels=replace(labels, log_prob_NK=labels.log_prob_NK + 1),
+    )
+    call("sum to at most 1", labels=replace(labels, log_prob_NK=labels.log_prob_NK * math.nan))
+    call("sum to 1 a token", labels=SparseLabels(labels.ids_NK, labels.log_prob_NK - 1, tail="none"))
+    call("labels.tail must be bucket", labels=replace(labels, tail="none"))
+    call("belong together", labels=replace(labels, draw_ids_NM=None))
+    call(r"labels.draw_log_prob_NM must be \[30, 2\]", labels=replace(labels, draw_log_prob_NM=torch.zeros(30, 3)))
+    call(r"labels.ids_NK must be \[30, 4\]", labels=replace(labels, ids_NK=labels.ids_NK[1:]))
+    call(r"targets_N must be in \[0, 90\), got 90 to 90", targets_N=torch.full((30,), SIZE))

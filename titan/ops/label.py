@@ -1,0 +1,126 @@
+"""What a teacher says about tokens, and what a loss is told of it.
+
+Shape letters: N tokens, K head entries, M tail draws.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+MASS_TOLERANCE = 1e-3
+"""By how much probabilities may miss one: labels are rounded on their way."""
+
+
+@dataclass(frozen=True)
+class SparseLabels:
+    """Some entries of the teacher's distribution of each token, at the temperature of the loss."""
+
+    ids_NK: Tensor
+    """int64 vocabulary ids; with a bucket distinct within a row."""
+    log_prob_NK: Tensor
+    """float32 log-probabilities; -inf where a token has fewer entries."""
+    tail: Literal["bucket", "none"] = "bucket"
+    """`bucket`: what the head leaves is one more class. `none`: the entries are all there is and sum to one, as a
+    renormalised top k (biased), or ids drawn from the whole distribution with their shares (unbiased, noisy)."""
+    draw_ids_NM: Tensor | None = None
+    """int64 ids drawn from the tail, with repetition."""
+    draw_log_prob_NM: Tensor | None = None
+    """float32 log-probabilities of the draws in the whole distribution; -inf where a token has fewer."""
+    shrink: float | Tensor = 1.0
+    """How far draws correct the bucket, a number or one a token [N]: 1 is unbiased, less is less noisy."""
+
+    def ids(self) -> list[Tensor]:
+        """Head and draws, as the loss looks at them."""
+        return [self.ids_NK] if self.draw_ids_NM is None else [self.ids_NK, self.draw_ids_NM]
+
+    def rows(self, part: slice) -> Self:
+        """Labels of some of the tokens."""
+
+        def cut(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[part]
+
+        shrink = self.shrink if isinstance(self.shrink, float) else self.shrink[part]
+        draws = cut(self.draw_ids_NM), cut(self.draw_log_prob_NM)
+        return type(self)(self.ids_NK[part], self.log_prob_NK[part], self.tail, *draws, shrink)
+
+    def check(self, tokens: int, size: int) -> None:
+        """Raise ValueError for labels that cannot be right. Values are only looked at on the CPU: a GPU would wait."""
+        entries = self.ids_NK.shape[-1]
+        self._shape("ids_NK", self.ids_NK, (tokens, entries))
+        self._shape("log_prob_NK", self.log_prob_NK, (tokens, entries))
+        if (self.draw_ids_NM is None) != (self.draw_log_prob_NM is None):
+            raise ValueError("labels.draw_ids_NM and labels.draw_log_prob_NM belong together, got one of them")
+        if self.draw_ids_NM is not None and self.draw_log_prob_NM is not None:
+            if self.tail == "none":
+                raise ValueError("labels.tail must be bucket where there are draws, got none")
+            draws = self.draw_ids_NM.shape[-1]
+            self._shape("draw_ids_NM", self.draw_ids_NM, (tokens, draws))
+            self._shape("draw_log_prob_NM", self.draw_log_prob_NM, (tokens, draws))
+        if isinstance(self.shrink, Tensor):
+            self._shape("shrink", self.shrink, (tokens,))
+        if self.ids_NK.device.type == "cpu" and not torch.compiler.is_compiling():
+            self._check_values(size)
+
+    def _shape(self, name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+        if x.shape != shape:
+            raise ValueError(f"labels.{name} must be {list(shape)}, got {list(x.shape)}")
+
+    def _check_values(self, size: int) -> None:
+        for name, ids in (("ids_NK", self.ids_NK), ("draw_ids_NM", self.draw_ids_NM)):
+            if ids is not None and ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+                raise ValueError(f"labels.{name} must be in [0, {size}), got {int(ids.min())} to {int(ids.max())}")
+        mass_N = self.log_prob_NK.exp().sum(dim=1)
+        if not mass_N.numel():
+            return
+        low, high = float(mass_N.min()), float(mass_N.max())
+        if not high <= 1 + MASS_TOLERANCE:  # also NaN
+            raise ValueError(
+                f"labels.log_prob_NK must hold probabilities that sum to at most 1 a token, got {high:.6g}"
+            )
+        if self.tail == "none" and low < 1 - MASS_TOLERANCE:
+            raise ValueError(f"labels.log_prob_NK must hold probabilities that sum to 1 a token, got {low:.6g}")
+
+
+@dataclass(frozen=True)
+class TailDraws:
+    """What a label wants of the tail. The same seed, sample and position give the same draws."""
+
+    count: int
+    seed: int
+    """64 bits, of the run and the teacher's step."""
+    sample_N: Tensor
+    """int64 sample ids."""
+    position_N: Tensor
+    """int64 positions within the sample."""
+
+    def rows(self, part: slice) -> Self:
+        """Of some of the tokens."""
+        return type(self)(self.count, self.seed, self.sample_N[part], self.position_N[part])
+
+
+@dataclass(frozen=True)
+class TeacherSays:
+    """Label parts of one micro-batch, before encoding."""
+
+    ids_NK: Tensor
+    """int64, most likely first; among equals the smaller id."""
+    log_prob_NK: Tensor
+    """float32 log-probabilities at temperature 1."""
+    log_norm_N: Tensor
+    """float32: log of the sum over the vocabulary of p^(1/T); 0 at T = 1. It turns log p into log p_T."""
+    entropy_N: Tensor
+    """float32, nats, at temperature 1."""
+    draw_ids_NM: Tensor | None = None
+    """int64 ids drawn from the tail of p_T, with repetition."""
+    draw_log_prob_NM: Tensor | None = None
+    """float32 log-probabilities of the draws in p_T; -inf where the head is the whole vocabulary."""
+
+    @classmethod
+    def cat(cls, parts: Sequence[Self]) -> Self:
+        """Labels of one micro-batch from those of its chunks."""
+        first = parts[0]
+        names = [name for name in cls.__dataclass_fields__ if getattr(first, name) is not None]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
