@@ -6,6 +6,7 @@ same gradients and shapes, so that one test serves all three.
 
 import ctypes
 import hashlib
+import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from torch.utils.cpp_extension import include_paths
 T = TypeVar("T")
 CSRC = Path(titan_kernels.__file__).parent / "csrc"
 FLAGS = ["-std=c++17", "-O1", "-g0", "-fPIC", "-x", "c++", "-DTITAN_LIBRARY=titan_shim", "-ffp-contract=off"]
+FLAGS += ["-ftrivial-auto-var-init=pattern"]  # what a kernel does not initialise is not 0 by luck
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020d000000000000"]
 COMPILE_S = 240
 
@@ -62,7 +64,8 @@ def ready(place: Place) -> Place:
 @cache
 def load_shim() -> Path:
     """Build the shim if a source has changed, and open it, once a process."""
-    library = build_shim(CSRC, sorted(path.stem for path in (CSRC / "cuda").glob("*.cu")))
+    csrc = Path(os.environ.get("TITAN_SHIM_SOURCES", CSRC))  # tests/test_kernels_faults.py sets it
+    library = build_shim(csrc, sorted(path.stem for path in (csrc / "cuda").glob("*.cu")))
     torch.ops.load_library(library)
     titan_kernels.register("titan_shim")
     return library
@@ -113,7 +116,7 @@ def _digest(parts: list[bytes]) -> str:
 
 
 def in_both_orders(run: Callable[[], T]) -> tuple[T, T]:
-    """What the shim gives when a block's threads run from first to last, and from last to first."""
+    """What the shim gives with threads from first to last; and from last to first, with copies that happen at once."""
     order = ctypes.CDLL(str(load_shim())).titan_shim_reverse_order
     first = run()
     order(1)

@@ -1,4 +1,5 @@
-// Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34) on tensors, in Llama's order: feature i turns with i + D/2.
+// Rotary position embedding (RoFormer, arXiv 2104.09864, eq. 34) on tensors, in Llama's order: feature i turns with
+// feature i + D/2.
 #pragma once
 
 #include "binding/binding.h"

@@ -107,6 +107,14 @@ inline void load_matrices(uint32_t (&r)[4], const __nv_bfloat16* row, bool trans
   __syncwarp();  // nobody may change the rows before all have read them
 }
 
+inline void copy(const cushim::Copy& what) {
+  if (what.from) {
+    std::memcpy(what.to, what.from, what.bytes);
+  } else {
+    std::memset(what.to, 0, what.bytes);
+  }
+}
+
 }  // namespace host
 
 inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -128,6 +136,7 @@ inline void cp_async_16(void* to, const void* from, bool valid) {
   if (!cushim::in_shared(to, 16)) cushim::fail("cp.async outside shared memory");
   cushim::self().open_group.push_back(
       {static_cast<unsigned char*>(to), valid ? static_cast<const unsigned char*>(from) : nullptr, 16});
+  if (cushim::reverse_order) host::copy(cushim::self().open_group.back());
 }
 
 inline void cp_async_commit() {
@@ -140,13 +149,7 @@ template <int PENDING>
 void cp_async_wait() {
   auto& pending = cushim::self().pending;
   while (pending.size() > PENDING) {
-    for (const auto& copy : pending.front()) {
-      if (copy.from) {
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      } else {
-        std::memset(copy.to, 0, copy.bytes);
-      }
-    }
+    if (!cushim::reverse_order) std::for_each(pending.front().begin(), pending.front().end(), host::copy);
     pending.erase(pending.begin());
   }
 }

@@ -1,4 +1,4 @@
-// RMSNorm and LayerNorm on CUDA tensors; compiled by g++ against the host shim, on CPU tensors of the library titan_shim.
+// RMSNorm and LayerNorm on CUDA tensors; compiled by g++ against the host shim, on CPU tensors of titan_shim.
 #include "cuda/norm.cuh"
 
 #include "binding/norm.h"

@@ -1,5 +1,5 @@
-// RMSNorm and LayerNorm. A warp (short rows) or a block has a row at a time and strides over the rows; a row is read from
-// memory once and kept in shared memory, where each thread only meets what it wrote itself.
+// RMSNorm and LayerNorm. A warp (short rows) or a block has a row at a time and strides over the rows. Forward, a row
+// is read from memory once and kept in shared memory, where each thread only meets what it wrote itself.
 #pragma once
 
 #include "binding/norm_rows.h"
@@ -15,7 +15,8 @@ constexpr int64_t kNormBlocks = 512;      // a few for each multiprocessor; each
 constexpr int64_t kNormShared = 48 << 10;
 constexpr int kNormScratch = 2 * kNormWarps;  // floats that sums need
 
-// per_width: 1 / width (a division in a kernel is a call, and costs registers)
+// per_width: 1 / width (a division in a kernel is a call, and costs registers). Without the 3, at least three blocks a
+// multiprocessor, ptxas saves registers below what the body needs and spills.
 // hidden = x + residual;  y = (hidden - mean) * rstd * weight + bias
 template <class T, int COUNT, bool WARP, bool LAYER>
 __global__ void __launch_bounds__(kNormWarps* kLanes, 3) norm_forward(const NormForward<T> a, bool keep,
@@ -48,21 +49,27 @@ __global__ void __launch_bounds__(kNormWarps* kLanes, 3) norm_forward(const Norm
     }
     team.sum(sum, scratch);
     const T* hidden = keep ? kept : (a.residual ? a.hidden : a.x) + at;
-    float mean = 0.0f;
-    if constexpr (LAYER) {  // sum(h^2) - mean^2 would cancel when the mean is large
+    float mean = 0.0f, square = sum[0] * per_width;
+    if constexpr (LAYER) {
+      // Around a first mean, since sum(h^2) - mean^2 would cancel when the mean is large; what is left over of the sum
+      // then corrects that mean's own rounding.
       mean = sum[0] * per_width;
-      sum[0] = 0.0f;
+      float sums[2] = {};  // of h - mean, and of its square
       for (int64_t column = first; column < a.width; column += step) {
         const auto pack = load_pack<COUNT>(hidden + column);
 #pragma unroll
         for (int k = 0; k < COUNT; ++k) {
           const float centred = to_float(pack.value[k]) - mean;
-          sum[0] += centred * centred;
+          sums[0] += centred;
+          sums[1] += centred * centred;
         }
       }
-      team.sum(sum, scratch);
+      team.sum(sums, scratch);
+      const float left = sums[0] * per_width, variance = sums[1] * per_width - left * left;
+      mean += left;
+      square = variance < 0.0f ? 0.0f : variance;
     }
-    const float rstd = rsqrtf(sum[0] * per_width + a.eps);
+    const float rstd = rsqrtf(square + a.eps);
     if (team.thread == 0) {
       if (LAYER) a.mean[row] = mean;
       a.rstd[row] = rstd;

@@ -45,8 +45,8 @@ template <class T, int COUNT>
 void launch_rope_as(const RopeHeads<T>& a, cudaStream_t stream) {
   const int64_t threads = a.sequence * a.batch * a.heads * (a.half / COUNT);
   const int64_t blocks = (threads + kRopeThreads - 1) / kRopeThreads;
-  TITAN_LAUNCH((rope_turn<T, COUNT>), dim3(unsigned(blocks < kRopeBlocks ? blocks : kRopeBlocks)), dim3(kRopeThreads), 0,
-               stream, a);
+  const dim3 grid(unsigned(blocks < kRopeBlocks ? blocks : kRopeBlocks));
+  TITAN_LAUNCH((rope_turn<T, COUNT>), grid, dim3(kRopeThreads), 0, stream, a);
 }
 
 template <class T>

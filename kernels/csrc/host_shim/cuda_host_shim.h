@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the CPU, to test their logic where there is no GPU.
 //
 // Each CUDA thread is a fiber (a stack of its own in one host thread); the blocks of a grid run one after another. A fiber
-// runs until it waits: at __syncthreads for its block, at a warp collective for the lanes of its mask. What a GPU would
+// runs until it waits: at a warp collective for the lanes of its mask, at __syncthreads for its block. What a GPU would
 // leave undefined is an error here: a barrier that not all threads reach, a collective that lanes of its mask never
 // reach, a shuffle from outside the mask, shared memory used before it is written (it is filled with NaN) or beyond its
 // end. What the shim cannot see: data races that the order of fibers hides (tests run both orders), the memory model,
@@ -47,7 +47,8 @@ struct Post {
   alignas(8) unsigned char bytes[64];
 };
 
-// An asynchronous copy: it happens when it is waited for, so that reading before finds poison.
+// An asynchronous copy. It happens when it is waited for, so that reading before finds poison; or, in reverse order, at
+// once, so that what others still read is overwritten. A GPU may do either.
 struct Copy {
   unsigned char* to;
   const unsigned char* from;  // nullptr fills with zeros
@@ -80,7 +81,7 @@ struct Block {
 };
 
 inline Block block;
-inline bool reverse_order = false;  // run the fibers from last to first
+inline bool reverse_order = false;  // run the fibers from last to first, and copy at once instead of when waited for
 
 inline Fiber& self() { return block.fibers[block.current]; }
 inline unsigned lane() { return block.current % kWarp; }
@@ -160,16 +161,20 @@ inline bool release_collectives(unsigned first, unsigned end) {
   return released;
 }
 
-// Decides what happens when every fiber waits or is done. Returns whether the block is finished.
-inline bool release_waiting() {
+// Runs one warp as far as it comes without the others.
+inline void run_warp(unsigned first, unsigned end) {
+  do {
+    for (unsigned step = first; step < end && block.failure.empty(); ++step) {
+      const unsigned i = reverse_order ? first + end - 1 - step : step;
+      if (block.fibers[i].state == State::kReady) resume(i);
+    }
+  } while (block.failure.empty() && release_collectives(first, end));
+}
+
+// Lets everyone go on whom a barrier held, if all are there. Returns whether the block is finished.
+inline bool release_barrier() {
   const unsigned threads = block.fibers.size();
   unsigned done = 0, at_barrier = 0;
-  bool released = false;
-  for (unsigned warp = 0; warp < threads; warp += kWarp) {
-    released |= release_collectives(warp, std::min(warp + kWarp, threads));
-  }
-  if (!block.failure.empty()) return true;
-  if (released) return false;
   for (const Fiber& fiber : block.fibers) {
     done += fiber.state == State::kDone;
     at_barrier += fiber.state == State::kBarrier;
@@ -184,15 +189,17 @@ inline bool release_waiting() {
   return true;
 }
 
+// Warp by warp, each as far as it comes: a missing barrier then shows as a warp that is far ahead of another.
 inline void run_block() {
   const unsigned threads = block.dimensions.x * block.dimensions.y * block.dimensions.z;
+  const unsigned warps = (threads + kWarp - 1) / kWarp;
   start_fibers(threads);
   do {
-    for (unsigned step = 0; step < threads && block.failure.empty(); ++step) {
-      const unsigned i = reverse_order ? threads - 1 - step : step;
-      if (block.fibers[i].state == State::kReady) resume(i);
+    for (unsigned step = 0; step < warps && block.failure.empty(); ++step) {
+      const unsigned first = (reverse_order ? warps - 1 - step : step) * kWarp;
+      run_warp(first, std::min(first + kWarp, threads));
     }
-  } while (block.failure.empty() && !release_waiting());
+  } while (block.failure.empty() && !release_barrier());
 }
 
 inline unsigned char* shared_memory() {
@@ -322,6 +329,7 @@ inline __nv_bfloat16 __float2bfloat16(float value) {  // to nearest even
   return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
 
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 using std::max;
 using std::min;
