@@ -2,19 +2,26 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
+KERNELS := setup.py $(shell find kernels/csrc -type f)
 
-.PHONY: install quickstart test test-fast lint gpu-smoke prove docs bench clean
+.PHONY: install quickstart test test-fast lint gpu-smoke prove docs bench bench-kernels clean
 
 install: $(READY)
 
-$(READY): pyproject.toml constraints.txt setup.py
+$(PACKAGES): pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))" || \
 	  { echo "titan needs Python 3.11 to 3.13, $(PYTHON) is $$($(PYTHON) -V 2>&1); use make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0"
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation -e ".[test,export]"
+	touch $@
+
+# An editable install has built the kernels once; this builds them anew when their sources change.
+$(READY): $(PACKAGES) $(KERNELS)
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
 quickstart: $(READY)
@@ -38,14 +45,17 @@ gpu-smoke: $(READY)
 docs: $(READY)
 	$(BIN)/python -m titan.config.document > docs/config.md
 
-bench: $(READY)
+bench-kernels: $(READY)
+	$(BIN)/python -W ignore -m benchmarks.kernels
+
+bench: bench-kernels
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape small
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape medium
 	$(BIN)/python -W ignore -m benchmarks.ray_overhead
 
-# What takes longer than `make test`: every test, what Ray costs, and what distillation gives over three seeds.
+# What takes longer than `make test`: every test, every benchmark, and what distillation gives over three seeds.
 prove: test bench
 	$(BIN)/python -W ignore -m benchmarks.distillation_gain
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -383,18 +383,21 @@ def test_a_kill_at_any_moment_leaves_a_newest_checkpoint_that_loads(tmp_path: Pa
 # --- the writer ---
 
 
-def test_a_save_under_way_does_not_see_later_changes_of_the_weights(
+def test_a_save_under_way_does_not_see_later_changes_of_weights_or_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go, plain_save = threading.Event(), save_module.save
     monkeypatch.setattr(save_module, "save", lambda tensors: go.wait(10) and plain_save(tensors))
     weight = torch.arange(48.0)
     writer = CheckpointWriter(tmp_path, 0, 1, 9, 10.0)
-    writer.save(1, [Piece(PieceKey("weight", "w", 0, 1, 0, 48), weight)], {"state": {}})
+    state = {"lead": {"weight": 1.0}}
+    writer.save(1, [Piece(PieceKey("weight", "w", 0, 1, 0, 48), weight)], {"state": state})
     assert newest_step(tmp_path) is None, "it is still on its way"
     weight.fill_(-1.0)
+    state["lead"]["weight"] = 2.0
     go.set()
     writer.wait()
+    assert read_manifest(step_folder(tmp_path, 1))["state"] == {"lead": {"weight": 1.0}}
     assert torch.equal(Checkpoint(step_folder(tmp_path, 1)).whole("weight", "w", WHOLE).view(-1), torch.arange(48.0))
 
 

@@ -1,5 +1,6 @@
 """Saving: every rank snapshots its pieces, then writes them in the background; the lead commits."""
 
+import copy
 import json
 import os
 import threading
@@ -32,10 +33,11 @@ class CheckpointWriter:
         self.error: Exception | None = None
 
     def save(self, step: int, pieces: Sequence[Piece], manifest: dict[str, Any]) -> None:
-        """Snapshot now, write behind. Raises what went wrong with the checkpoint before."""
+        """Snapshot tensors and manifest now, write behind. Raises what went wrong with the checkpoint before."""
         self.wait()
         snapshot = {str(piece.key): piece.values.detach().float().cpu().clone() for piece in pieces}
-        arguments = (step, snapshot, manifest | {"step": step, "format_version": FORMAT_VERSION})
+        described = copy.deepcopy(manifest) | {"step": step, "format_version": FORMAT_VERSION}
+        arguments = (step, snapshot, described)
         self.thread = threading.Thread(target=self._write, args=arguments, name=f"checkpoint-{step}")
         self.thread.start()
 
