@@ -1,4 +1,4 @@
-"""`make gpu-smoke`: where there is a GPU, a step on it against the CPU, a NCCL pipeline step, and a short run.
+"""`make gpu-smoke`: where there is a GPU, the kernels' tests on it, and a short run on it against the CPU.
 
 Says "no GPU: not run" and exits 0 where there is none; then nothing here has been shown to work.
 """
@@ -31,6 +31,9 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no GPU: not run")
         return 0
+    kernels = [sys.executable, "-m", "pytest", "tests", "-m", "gpu"]
+    if subprocess.run(kernels, timeout=TIMEOUT_S, cwd=Path(__file__).parent.parent).returncode:
+        return 1
     stages = min(2, torch.cuda.device_count())
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "gpu.toml"

@@ -56,6 +56,8 @@ def ready(place: Place) -> Place:
     if place.device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU: not run")
     titan_kernels.load()
+    if place.device == "cuda" and not titan_kernels.implemented("swiglu", "cuda"):
+        pytest.skip("built without CUDA (TITAN_CUDA=1): not run")
     if place is SHIM:
         load_shim()
     return place

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from titan.checkpoint.folder import read_manifest, step_folder
 from titan.cluster.session import local_inventory
+from titan.config.environment import wanted_kernels
 from titan.config.settings import TEACHER, ClusterSettings, RunConfig
 from titan.data.corpus import Corpus
 from titan.errors import CheckpointError, ConfigError, PlatformError
@@ -20,7 +21,8 @@ MAY_CHANGE = ("checkpoint", "cluster", "eval")
 
 
 def check_start(config: RunConfig) -> None:
-    """Raise for a cluster that the run cannot have: too few ranks, a port that is taken, a Ray that does not answer."""
+    """Raise for what the run cannot have: kernels, too few ranks, a port that is taken, a Ray that does not answer."""
+    wanted_kernels()
     cluster = config.cluster
     if cluster.address is None:
         check_fits(role_layouts(config), local_inventory(cluster), cluster.cpu_ranks_per_core)

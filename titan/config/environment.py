@@ -1,6 +1,13 @@
 """The only place that reads or writes environment variables."""
 
 import os
+from typing import Literal
+
+from titan.errors import ConfigError
+
+KernelBackend = Literal["cuda", "apex", "cpu", "torch"]
+KERNEL_BACKENDS: tuple[KernelBackend, ...] = ("cuda", "apex", "cpu", "torch")
+KERNEL_OPERATIONS = ("rms_norm", "layer_norm", "rope", "swiglu", "attention", "head")
 
 
 def prepare_environment(local: bool) -> None:
@@ -34,6 +41,21 @@ def user_cache_variable() -> str | None:
     return os.environ.get("TITAN_CACHE")
 
 
-def kernels_variable() -> str:
-    """What `TITAN_KERNELS` says of implementations of operations, as titan.ops.choose reads it; "" if unset."""
-    return os.environ.get("TITAN_KERNELS", "")
+def wanted_kernels() -> dict[str, KernelBackend]:
+    """What `TITAN_KERNELS` says: operation to implementation; empty when it is unset or `auto`. Raises ConfigError."""
+    text = os.environ.get("TITAN_KERNELS", "")
+    if text in ("", "auto"):
+        return {}
+    if text == "torch":
+        return dict.fromkeys(KERNEL_OPERATIONS, "torch")
+    wanted: dict[str, KernelBackend] = {}
+    for part in text.split(","):
+        operation, _, name = part.strip().partition("=")
+        backend = next((known for known in KERNEL_BACKENDS if known == name), None)
+        if operation not in KERNEL_OPERATIONS or backend is None:
+            raise ConfigError(
+                f"TITAN_KERNELS must be auto, torch or a list like rms_norm=torch,attention=cuda, got {part.strip()!r};"
+                f" operations: {', '.join(KERNEL_OPERATIONS)}; implementations: {', '.join(KERNEL_BACKENDS)}"
+            )
+        wanted[operation] = backend
+    return wanted

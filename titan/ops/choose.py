@@ -5,26 +5,16 @@ The best that is really there wins; `TITAN_KERNELS` overrides it (`torch`, or `r
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import titan_kernels
 import torch
 from torch import Tensor
 
-from titan.config.environment import kernels_variable
+from titan.config.environment import KERNEL_OPERATIONS, KernelBackend, wanted_kernels
 from titan.errors import ConfigError
 
-Backend = Literal["cuda", "apex", "cpu", "torch"]
-BACKENDS: tuple[Backend, ...] = ("cuda", "apex", "cpu", "torch")
-OPERATIONS = {
-    "rms_norm": "rms_norm",
-    "layer_norm": "layer_norm",
-    "rope": "rope",
-    "swiglu": "swiglu",
-    "attention": "attention",
-    "head": "vocab_statistics",
-}
-"""Operation to the kernel that must be there for it."""
+KERNEL_OF = {"head": "vocab_statistics"}
+"""The kernel that must be there for an operation, where it has another name."""
 KERNEL_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -32,27 +22,27 @@ KERNEL_TYPES = (torch.float32, torch.bfloat16)
 class Choice:
     """The implementation an operation gets, and why not a better one."""
 
-    backend: Backend
+    backend: KernelBackend
     reason: str = ""
 
 
-def chosen(operation: str, x: Tensor) -> Backend:
+def chosen(operation: str, x: Tensor) -> KernelBackend:
     """The implementation for a tensor like x."""
     if x.is_floating_point() and x.dtype not in KERNEL_TYPES:
         return "torch"
-    backend: Backend = _backend(operation, x.device.type)
+    backend: KernelBackend = _backend(operation, x.device.type)
     return backend
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile need not see how it is decided
-def _backend(operation: str, device: str) -> Backend:
+def _backend(operation: str, device: str) -> KernelBackend:
     return choose(operation, device).backend
 
 
 @cache
 def choose(operation: str, device: str) -> Choice:
     """The implementation for float32 and bfloat16 tensors on a kind of device. Raises ConfigError."""
-    wanted = _wanted().get(operation)
+    wanted = wanted_kernels().get(operation)
     reasons: list[str] = []
     for backend in _candidates(operation, device):
         reason = _why_not(operation, backend, device)
@@ -67,10 +57,10 @@ def choose(operation: str, device: str) -> Choice:
 
 def choices(device: str) -> dict[str, Choice]:
     """What every operation gets on a kind of device."""
-    return {operation: choose(operation, device) for operation in OPERATIONS}
+    return {operation: choose(operation, device) for operation in KERNEL_OPERATIONS}
 
 
-def _candidates(operation: str, device: str) -> tuple[Backend, ...]:
+def _candidates(operation: str, device: str) -> tuple[KernelBackend, ...]:
     if device == "cuda":
         return ("cuda", "apex", "torch") if operation in ("rms_norm", "layer_norm") else ("cuda", "torch")
     if device == "cpu" and operation != "attention":  # torch's own attention is the faster one there
@@ -78,7 +68,7 @@ def _candidates(operation: str, device: str) -> tuple[Backend, ...]:
     return ("torch",)
 
 
-def _why_not(operation: str, backend: Backend, device: str) -> str | None:
+def _why_not(operation: str, backend: KernelBackend, device: str) -> str | None:
     """What keeps an implementation from being used, None if nothing."""
     if backend == "torch":
         return None
@@ -88,7 +78,7 @@ def _why_not(operation: str, backend: Backend, device: str) -> str | None:
         titan_kernels.load()
     except titan_kernels.KernelsMissingError as missing:
         return str(missing)
-    if not titan_kernels.implemented(OPERATIONS[operation], device):
+    if not titan_kernels.implemented(KERNEL_OF.get(operation, operation), device):
         return "titan's kernels were built without CUDA (TITAN_CUDA=1 builds them)"
     return None
 
@@ -99,24 +89,3 @@ def _apex_problem(operation: str) -> str | None:
     from titan.ops.apex import probe
 
     return probe(operation)
-
-
-@cache
-def _wanted() -> dict[str, Backend]:
-    """TITAN_KERNELS as operation to implementation; empty when it is unset or `auto`."""
-    text = kernels_variable()
-    if text in ("", "auto"):
-        return {}
-    if text == "torch":
-        return dict.fromkeys(OPERATIONS, "torch")
-    wanted: dict[str, Backend] = {}
-    for part in text.split(","):
-        operation, _, name = part.strip().partition("=")
-        backend = next((known for known in BACKENDS if known == name), None)
-        if operation not in OPERATIONS or backend is None:
-            raise ConfigError(
-                f"TITAN_KERNELS must be auto, torch or a list like rms_norm=torch,attention=cuda, got {part.strip()!r};"
-                f" operations: {', '.join(OPERATIONS)}; implementations: {', '.join(BACKENDS)}"
-            )
-        wanted[operation] = backend
-    return wanted

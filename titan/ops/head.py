@@ -104,14 +104,16 @@ def run_head(
     grad_hidden_ND = torch.empty_like(hidden_ND) if grad_weight_VD is not None else None
     says: list[TeacherSays] = []
     tiles = list(_tiles(shard, chunk))
-    for part in _token_chunks(hidden_ND, shard, chunk):
+    parts = list(_token_chunks(hidden_ND, shard, chunk))
+    space = hidden_ND.new_empty(len(hidden_ND[parts[0]]) * tiles[0].rows if parts else 0)
+    for part in parts:
         hidden, targets, weight_N = hidden_ND[part], targets_N[part, None], token_weight_N[part]
         part_labels = None if labels is None else labels.rows(part)
         ids_NJ = targets if part_labels is None else torch.cat([targets, *part_labels.ids()], dim=1)
         wanted = top_k if draws is None else min(top_k + 1, shard.size)
         seen = []
         for tile in tiles:
-            logits = _logits(hidden, weight_VD, shard, tile)
+            logits = _logits(hidden, weight_VD, shard, tile, space)
             seen.append(vocab_statistics(logits, ids_NJ, wanted, tile.start, shard.size, objective.temperature))
         look = _merge(seen, shard, objective.temperature)
         terms = _terms(look, part_labels, objective)
@@ -123,7 +125,7 @@ def run_head(
         scale_N = (weight_N * grad_scale)[:, None]
         for tile in tiles:
             if len(tiles) > 1:
-                logits = _logits(hidden, weight_VD, shard, tile)
+                logits = _logits(hidden, weight_VD, shard, tile, space)
             vocab_gradient_(
                 logits, terms.coefficient_N2 * scale_N, look.log_sum_exp_N2, ids_NJ, terms.values_NJ * scale_N,
                 tile.start, shard.size, objective.temperature,
@@ -193,9 +195,11 @@ def _tiles(shard: VocabShard, chunk: Chunk) -> Iterator[VocabShard]:
         yield VocabShard(shard.start + start, min(columns, shard.rows - start), shard.size, shard.group)
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor, shard: VocabShard, tile: VocabShard) -> Tensor:
+def _logits(hidden_ND: Tensor, weight_VD: Tensor, shard: VocabShard, tile: VocabShard, space: Tensor) -> Tensor:
+    """Logits of one tile, in memory that all chunks use in turn."""
     first = tile.start - shard.start
-    return hidden_ND @ weight_VD[first : first + tile.rows].t()
+    logits_NV = space[: len(hidden_ND) * tile.rows].view(len(hidden_ND), tile.rows)
+    return torch.mm(hidden_ND, weight_VD[first : first + tile.rows].t(), out=logits_NV)
 
 
 def _add_gradients(

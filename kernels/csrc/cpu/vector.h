@@ -47,22 +47,37 @@ TITAN_INLINE void store(Bf16* to, float value) {
 // One rounding, on every processor: where there is no instruction for it the compiler calls a function, which is slow.
 TITAN_INLINE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
-// e^x by a polynomial of degree 6 on [-ln2/2, ln2/2] (Cephes expf), relative error below 2e-7; 0 below -87.3 and the
-// largest finite power above 88; NaN stays NaN. No table and no branch, so loops over it vectorise.
+// e^x = 2^power * e^r with |r| <= ln2/2. `shifted` holds power in its lowest mantissa bits, plus `bias`.
+struct Reduced {
+  float shifted, r;
+};
+TITAN_INLINE Reduced reduced(float x, float bias) {
+  const float to_integer = 12582912.0f + bias;  // 1.5 * 2^23: floats there are whole
+  const float shifted = fma(x, 1.44269504088896341f, to_integer), power = shifted - to_integer;
+  return {shifted, fma(power, 2.12194440e-4f, fma(power, -0.693359375f, x))};
+}
+// Best polynomial of degree 5 that is 1 at 0, relative error below 1.7e-7.
+TITAN_INLINE float exp_reduced(float r) {
+  float p = fma(0.008290272206f, r, 0.041898161173f);
+  p = fma(p, r, 0.166676387191f);
+  p = fma(p, r, 0.499991476536f);
+  p = fma(p, r, 0.999999701977f);
+  return fma(p, r, 1.0f);
+}
+
+// e^x, relative error below 2e-7; 0 below -87.3 and the largest finite power above 88; NaN stays NaN. No table and no
+// branch, so loops over it vectorise.
 TITAN_INLINE float exp(float x) {
-  const float clamped = x < -87.33654f ? -87.33654f : (x > 88.37626f ? 88.37626f : x);
-  const float shifted = fma(clamped, 1.44269504088896341f, 12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
-  const float power = shifted - 12582912.0f;
-  const float r = fma(power, 2.12194440e-4f, fma(power, -0.693359375f, clamped));
-  float p = 1.9875691500e-4f;
-  p = fma(p, r, 1.3981999507e-3f);
-  p = fma(p, r, 8.3334519073e-3f);
-  p = fma(p, r, 4.1665795894e-2f);
-  p = fma(p, r, 1.6666665459e-1f);
-  p = fma(p, r, 5.0000001201e-1f);
-  p = fma(p * r, r, r) + 1.0f;
-  const float value = as_float(as_bits(p) + ((as_bits(shifted) - 0x4b400000u) << 23));
+  const Reduced part = reduced(x < -87.33654f ? -87.33654f : (x > 88.37626f ? 88.37626f : x), 0.0f);
+  const float value = as_float(as_bits(exp_reduced(part.r)) + ((as_bits(part.shifted) - 0x4b400000u) << 23));
   return x < -87.33654f ? 0.0f : (x == x ? value : x);
+}
+
+// 2^SCALE e^x for x <= 0 in half the instructions; 2^SCALE e^-87.3 below -87.3, and NaN stays NaN.
+template <int SCALE = 0>
+TITAN_INLINE float exp_negative(float x) {
+  const Reduced part = reduced(-87.33654f > x ? -87.33654f : x, 127.0f + SCALE);  // an exponent's bits, after a shift
+  return exp_reduced(part.r) * as_float(as_bits(part.shifted) << 23);
 }
 
 // What a binding needs to know of a device: nothing, on the CPU.

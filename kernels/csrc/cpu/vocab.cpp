@@ -12,7 +12,8 @@ namespace titan::cpu {
 namespace {
 
 constexpr int64_t kTile = 64;  // columns whose maximum is remembered, to find the top k without looking twice at most
-constexpr float kTailScale = 34359738368.0f;  // 2^35: a row of 2^17 largest weights still sums exactly in float64
+constexpr float kLeast = -100.0f;  // below it e^x counts for nothing
+constexpr int kTailScale = 35;  // weights of up to 2^35: a row of 2^17 such still sums exactly in float64
 
 // Maxima of tiles of kTile columns; returns the largest.
 template <class T>
@@ -41,18 +42,18 @@ TITAN_INLINE void exponential_sums(const T* __restrict z, int64_t columns, float
   if (inverse_temperature == 1.0f) {
 #pragma omp simd reduction(+ : total, moment)
     for (int64_t i = 0; i < columns; ++i) {
-      const float d = load(z[i]) - maximum, e = exp(d);
+      const float d = load(z[i]) - maximum, e = exp_negative(d);
       total += e;
-      moment += e > 0.0f ? d * e : 0.0f;  // a logit of -inf adds 0, not NaN
+      moment += (d < kLeast ? kLeast : d) * e;  // a logit of -inf adds as good as 0, not NaN
     }
     tempered = total;
   } else {
 #pragma omp simd reduction(+ : total, moment, tempered)
     for (int64_t i = 0; i < columns; ++i) {
-      const float d = load(z[i]) - maximum, e = exp(d);
+      const float d = load(z[i]) - maximum, e = exp_negative(d);
       total += e;
-      tempered += exp(d * inverse_temperature);
-      moment += e > 0.0f ? d * e : 0.0f;
+      tempered += exp_negative(d * inverse_temperature);
+      moment += (d < kLeast ? kLeast : d) * e;
     }
   }
   sums[1] = total;
@@ -76,10 +77,10 @@ TITAN_INLINE void dense_gradient(T* __restrict z, int64_t columns, float inverse
   }
 }
 
-// Weight of a tail entry: a whole number. Adding and taking away 2^23 rounds to the nearest one below 2^23; larger floats
-// are whole anyway. (std::rint would do the same, in a loop that is not vectorised.)
+// Weight of a tail entry: a whole number, 0 for what is no tail. Adding and taking away 2^23 rounds to the nearest one
+// below 2^23; larger floats are whole anyway.
 TITAN_INLINE float tail_weight(float z, float threshold, float inverse_temperature) {
-  const float scaled = exp((z - threshold) * inverse_temperature) * kTailScale;
+  const float scaled = exp_negative<kTailScale>((z - threshold) * inverse_temperature);
   const float whole = scaled < 8388608.0f ? (scaled + 8388608.0f) - 8388608.0f : scaled;
   return z <= threshold ? whole : 0.0f;
 }
@@ -132,14 +133,20 @@ bool before(const Candidate& a, const Candidate& b) {
 
 // The k-th largest tile maximum bounds the k-th largest logit from below, so only tiles that reach it are looked into.
 template <class T>
-void top_of_row(const T* z, int64_t columns, const std::vector<float>& maxima, int64_t k, std::vector<float>& order,
+void top_of_row(const T* z, int64_t columns, const std::vector<float>& maxima, int64_t k, std::vector<float>& largest,
                 std::vector<Candidate>& candidates, float* values, int64_t* ids, int64_t start) {
   const int64_t tiles = (columns + kTile - 1) / kTile;
   float bound = -INFINITY;
   if (tiles > k) {
-    order.assign(maxima.begin(), maxima.begin() + tiles);
-    std::nth_element(order.begin(), order.begin() + (k - 1), order.end(), std::greater<float>());
-    bound = order[k - 1];
+    largest.assign(maxima.begin(), maxima.begin() + k);  // a heap of the k largest, the least of them in front
+    std::make_heap(largest.begin(), largest.end(), std::greater<float>());
+    for (int64_t tile = k; tile < tiles; ++tile) {
+      if (!(maxima[tile] > largest.front())) continue;
+      std::pop_heap(largest.begin(), largest.end(), std::greater<float>());
+      largest.back() = maxima[tile];
+      std::push_heap(largest.begin(), largest.end(), std::greater<float>());
+    }
+    bound = largest.front();
   }
   candidates.clear();
   for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -169,7 +176,7 @@ struct Vocab {
                          float inverse_temperature, const int64_t* ids, int64_t id_count, int64_t start, int64_t,
                          float* sums, float* picked, float* top_values, int64_t* top_ids, int64_t top_k) {
     torch::stable::parallel_for(0, tokens, grain(columns), [&](int64_t begin, int64_t end) {
-      std::vector<float> maxima(real / kTile + 1), order;
+      std::vector<float> maxima(real / kTile + 1), largest;
       std::vector<Candidate> candidates;
       for (int64_t row = begin; row < end; ++row) {
         const T* z = logits + row * columns;
@@ -181,7 +188,7 @@ struct Vocab {
           picked[row * id_count + j] = local >= 0 && local < real ? load(z[local]) : 0.0f;
         }
         if (top_k > 0) {
-          top_of_row(z, real, maxima, top_k, order, candidates, top_values + row * top_k, top_ids + row * top_k, start);
+          top_of_row(z, real, maxima, top_k, largest, candidates, top_values + row * top_k, top_ids + row * top_k, start);
         }
       }
     });
