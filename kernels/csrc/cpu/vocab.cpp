@@ -98,9 +98,11 @@ TITAN_INLINE void block_sums(const T* __restrict z, int64_t columns, float thres
   for (int64_t block = 0; block * kTailBlock < columns; ++block) {
     const T* at = z + block * kTailBlock;
     const int64_t count = columns - block * kTailBlock < kTailBlock ? columns - block * kTailBlock : kTailBlock;
-    double sum = 0.0;
+    float weights[kTailBlock];
+    tail_weights(at, count, threshold, inverse_temperature, weights);
+    double sum = 0.0;  // in a loop of its own, or every step would be as narrow as the doubles
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += tail_weight(load(at[i]), threshold, inverse_temperature);
+    for (int64_t i = 0; i < count; ++i) sum += weights[i];
     sums[block] = sum;
   }
 }
