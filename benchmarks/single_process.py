@@ -39,7 +39,7 @@ def titan_step(model: ModelSettings) -> Step:
 
     store = FileStore(tempfile.mktemp(), 1)
     layout = LayoutSettings()
-    world = join_world("teacher", make_layout(model, layout), 0, platform, store, 60.0, model.tied)
+    world = join_world("teacher", make_layout(model, layout), 0, platform, store, 60.0)
     settings = TrainerSettings(
         model, layout, OptimizerSettings(), "fp32", VOCAB_SIZE, SEQUENCE_LENGTH, BATCH_SIZE, seed=1
     )

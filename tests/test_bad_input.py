@@ -81,6 +81,11 @@ def bad_setting(name: str, change: str, *says: str) -> Row:
     return Row(name, sets(*change.split()), says, exit_code=2)
 
 
+def bad_stages(name: str, stages: str, *says: str) -> Row:
+    """Stages of the student `late`, which has one layer."""
+    return bad_setting(name, f"students.late.layout.stages={stages}", *says)
+
+
 CONFIG = [
     bad_setting("a misspelt setting", "run.stepz=3", "run.stepz is no setting", "did you mean steps?"),
     bad_setting("a setting of another section", "teacher.heads=2", "did you mean teacher.model.heads?"),
@@ -121,6 +126,39 @@ CONFIG = [
         "use 1 or 1000000007",
     ),
     bad_setting("more replicas than samples", "teacher.layout.dp=16", "dp is 16", "a micro-batch has 8 samples"),
+    bad_setting(
+        "tp beside stages", "teacher.layout.stages=[{layers=2}]", "layout.tp is 2 beside stages", "leave it out"
+    ),
+    bad_stages("no stages", "[]", "layout.stages is []", "want at least 1"),
+    bad_stages("a stage without layers", "[{layers=0}]", "stages.0.layers", "want greater than 0"),
+    bad_stages("a stage that does not say its layers", "[{tp=1}]", "stages.0.layers is missing"),
+    bad_stages("stages that leave a gap", "[{layers=1},{layers=1}]", "stages have 2 layers, the model has 1"),
+    bad_stages("a share too few", "[{layers=1,dp=2,shares=[3]}]", "stages.0.shares has 1 entries, dp is 2"),
+    bad_stages("a share of nothing", "[{layers=1,dp=2,shares=[1,9]}]", "stages.0.shares is [1, 9]", "8 samples"),
+    bad_stages("a replica on no island", "[{layers=1,dp=3,islands=[1,1]}]", "stages.0.islands adds up to 2, dp is 3"),
+    bad_stages("state shared by islands", "[{layers=1,dp=2,shard=2,islands=[1,1]}]", "stages.0.shard is 2", "use 1"),
+    bad_stages("tp of a stage that does not divide", "[{layers=1,tp=3}]", "stages.0.tp is 3", "power of two"),
+    bad_stages("chunks that are not listed", "[{layers=[1,1]}]", "stages.0.layers has 2 entries", "chunks is 1"),
+    bad_setting(
+        "fp16 in one stage only",
+        "students.late.model.layers=2 students.late.layout.stages=[{layers=1,precision='fp16'},{layers=1}]",
+        "late.layout.stages mix fp16 with fp32",
+    ),
+    bad_setting(
+        "more chunks than layers",
+        "students.early.layout.chunks=2 students.early.layout.schedule=interleaved",
+        "2 x 2, more than",
+        "fewer chunks",
+    ),
+    bad_setting(
+        "an interleaved schedule of one chunk", "students.early.layout.schedule=interleaved", "1 chunks", "use '1f1b'"
+    ),
+    bad_setting(
+        "micro_batches that do not go round",
+        "teacher.model.layers=4 teacher.layout.pp=2 teacher.layout.schedule=interleaved teacher.layout.chunks=2 "
+        "teacher.layout.micro_batches=1",
+        "micro_batches is 1; the interleaved schedule wants a multiple of the stages (2), use 2",
+    ),
     bad_setting("two students of one name", "students.early.name=late", "'late' is used 2 times"),
     bad_setting("a student named teacher", "students.late.name=teacher", "taken by the teacher", "choose another"),
     bad_setting("a start by step and by lead", "students.late.start.step=3", "both step (3) and lead", "keep one"),

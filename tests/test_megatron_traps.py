@@ -186,8 +186,8 @@ def counted(world: World, layout: LayoutSettings, forget: bool) -> tuple[float |
 
 @pytest.mark.parametrize(
     "layout",
-    [LayoutSettings(tp=2), LayoutSettings(pp=2), LayoutSettings(tp=2, dp=2, shard=2)],
-    ids=["tp2", "pp2", "tp2-dp2-sharded"],
+    [LayoutSettings(tp=2), LayoutSettings(pp=2), LayoutSettings(tp=2, dp=2, shard=2), LayoutSettings(pp=2, dp=2)],
+    ids=["tp2", "pp2", "tp2-dp2-sharded", "pp2-dp2"],
 )
 def test_the_gradient_norm_counts_every_parameter_once(layout: LayoutSettings) -> None:
     want = whole_gradient_norm()
@@ -195,12 +195,13 @@ def test_the_gradient_norm_counts_every_parameter_once(layout: LayoutSettings) -
     for rank, (norm, told) in enumerate(run_world(layout, counted, layout, False, model=TIED)):
         assert norm == pytest.approx(want, rel=1e-5)
         last_stage = layout.pp > 1 and rank >= layout.ranks // 2
+        replicated = layout.shard == 1 and rank // layout.tp % layout.dp > 0
         for name, (is_slice, is_copy) in told.items():
             assert is_slice == (specs[name].axis is not None)
-            assert is_copy == (name == "embedding.weight" and last_stage)
+            assert is_copy == (replicated or (name == "embedding.weight" and last_stage))
 
 
-@pytest.mark.parametrize("layout", [LayoutSettings(tp=2), LayoutSettings(pp=2)], ids=["norms", "tied-copy"])
+@pytest.mark.parametrize("layout", [LayoutSettings(tp=2), LayoutSettings(dp=2)], ids=["norms", "replicas"])
 def test_without_being_told_megatron_counts_copies_twice(layout: LayoutSettings) -> None:
     norm, _ = run_world(layout, counted, layout, True, model=TIED)[0]
     assert norm is not None and norm > 1.0001 * whole_gradient_norm()

@@ -1,9 +1,6 @@
 """Every layout follows one process, and one process follows a plain float64 model that is written out here."""
 
 import math
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tests.parity import ALONE, MODELS, RATE, START, History, Parity, assert_same
 from tests.worlds import (
     BATCH,
     GQA,
@@ -19,89 +17,18 @@ from tests.worlds import (
     TIED,
     VOCAB,
     World,
-    labels_of,
     make_trainer,
     run_world,
-    save_checkpoint,
     tokens_of,
 )
-from titan.checkpoint.folder import step_folder
-from titan.checkpoint.load import Checkpoint
 from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, Precision
 from titan.model.parameters import initial_value, parameter_specs
 from titan.ops.head import Objective
-from titan.train.restore import restore_trainer
-
-STEPS = 30
-RATE = 2e-3
-START = 5
-MODELS = {"gqa": GQA, "tied": TIED, "mha": GQA.model_copy(update={"kv_heads": None})}
-ALONE = LayoutSettings()
-SOFT = Objective(weight=0.6, temperature=2.0)
-History = list[tuple[float, float, float | None]]
-"""Cross-entropy, divergence and gradient norm of every step."""
-
-
-def train(
-    world: World, layout: LayoutSettings, model: ModelSettings, precision: Precision, soft: bool, batch: int,
-    folder: Path, steps: int,
-) -> History:  # fmt: skip
-    """The rank's whole life in these tests: restore, then `steps` steps."""
-    trainer = make_trainer(world, layout, model, precision, batch=batch)
-    restore_trainer(trainer, Checkpoint(step_folder(folder, START)))
-    history: History = []
-    for step in range(START + 1, START + 1 + steps):
-        labels = labels_of(step, batch) if soft else None
-        result = trainer.step(tokens_of(step, batch), RATE, SOFT if soft else Objective(), labels)
-        history.append((result.cross_entropy, result.divergence, result.grad_norm))
-    heldout = trainer.evaluate(tokens_of(0, batch)[:10])
-    return [*history, (heldout, 0.0, 0.0)]
-
-
-def begin(world: World, model: ModelSettings, folder: Path) -> None:
-    """A few steps of one process, and its checkpoint: moments are not zero when the layouts take over."""
-    trainer = make_trainer(world, ALONE, model)
-    for step in range(1, START + 1):
-        trainer.step(tokens_of(step), RATE, Objective())
-    save_checkpoint(trainer, folder, START)
 
 
 @pytest.fixture(scope="module")
-def follow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """follow(layout, ...) -> (history of every rank of the layout, history of one process), from one checkpoint."""
-
-    @cache
-    def checkpoint(kind: str) -> Path:
-        folder = tmp_path_factory.mktemp(kind)
-        run_world(ALONE, begin, MODELS[kind], folder, model=MODELS[kind])
-        return folder
-
-    @cache
-    def alone(kind: str, precision: Precision, soft: bool, batch: int, steps: int) -> History:
-        arguments = (ALONE, MODELS[kind], precision, soft, batch, checkpoint(kind), steps)
-        (history,) = run_world(ALONE, train, *arguments, model=MODELS[kind])
-        return history
-
-    def run(
-        layout: LayoutSettings, kind: str = "gqa", precision: Precision = "fp32", reference: Precision = "fp32",
-        soft: bool = False, batch: int = BATCH, steps: int = STEPS,
-    ) -> tuple[list[History], History]:  # fmt: skip
-        arguments = (layout, MODELS[kind], precision, soft, batch, checkpoint(kind), steps)
-        many = run_world(layout, train, *arguments, model=MODELS[kind])
-        return many, alone(kind, reference, soft, batch, steps)
-
-    yield run
-
-
-def assert_same(many: list[History], alone: History) -> None:
-    """The issue's bounds: losses within 1e-5, gradient norms within 1e-4 relative, on every rank."""
-    assert alone[0][0] - alone[-2][0] > 0.02, "the reference learned something"
-    for history in many:
-        assert history == many[0], "every rank reports the same"
-    for step, (got, want) in enumerate(zip(many[0], alone, strict=True), START + 1):
-        assert got[0] == pytest.approx(want[0], abs=1e-5), f"cross-entropy of step {step}"
-        assert got[1] == pytest.approx(want[1], abs=1e-5), f"divergence of step {step}"
-        assert got[2] == pytest.approx(want[2], rel=1e-4), f"gradient norm of step {step}"
+def follow(tmp_path_factory: pytest.TempPathFactory) -> Parity:
+    return Parity(tmp_path_factory)
 
 
 FOUR = {
@@ -115,7 +42,7 @@ FOUR = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gqa", "tied"])
 @pytest.mark.parametrize("layout", FOUR.values(), ids=FOUR)
-def test_a_layout_follows_one_process_for_thirty_steps(follow: Any, layout: LayoutSettings, kind: str) -> None:
+def test_a_layout_follows_one_process_for_thirty_steps(follow: Parity, layout: LayoutSettings, kind: str) -> None:
     assert_same(*follow(layout, kind))
 
 
@@ -132,7 +59,7 @@ MORE = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("layout", "kind"), MORE.values(), ids=MORE)
-def test_so_do_the_other_ways_to_cut(follow: Any, layout: LayoutSettings, kind: str) -> None:
+def test_so_do_the_other_ways_to_cut(follow: Parity, layout: LayoutSettings, kind: str) -> None:
     assert_same(*follow(layout, kind))
 
 
@@ -147,18 +74,18 @@ UNEVEN = {
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("layout", UNEVEN.values(), ids=UNEVEN)
 def test_a_micro_batch_of_three_samples_over_two_replicas_counts_every_token_once(
-    follow: Any, layout: LayoutSettings, soft: bool
+    follow: Parity, layout: LayoutSettings, soft: bool
 ) -> None:
     assert_same(*follow(layout, batch=15, soft=soft, steps=10))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", FOUR.values(), ids=FOUR)
-def test_a_student_of_soft_labels_follows_one_process_too(follow: Any, layout: LayoutSettings) -> None:
+def test_a_student_of_soft_labels_follows_one_process_too(follow: Parity, layout: LayoutSettings) -> None:
     assert_same(*follow(layout, "tied", soft=True, steps=10))
 
 
-def test_two_tensor_ranks_follow_one_process_for_a_few_steps(follow: Any) -> None:
+def test_two_tensor_ranks_follow_one_process_for_a_few_steps(follow: Parity) -> None:
     assert_same(*follow(LayoutSettings(tp=2), steps=4))
 
 
@@ -169,7 +96,7 @@ def test_two_tensor_ranks_follow_one_process_for_a_few_steps(follow: Any) -> Non
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("layout", [FOUR["tp2-pp2"], FOUR["pp2-dp2-sharded"]], ids=["tp2-pp2", "pp2-dp2-sharded"])
 def test_half_precision_stays_near_single_precision_in_any_layout(
-    follow: Any, layout: LayoutSettings, precision: Precision
+    follow: Parity, layout: LayoutSettings, precision: Precision
 ) -> None:
     """bf16 rounds a value by at most 2^-9 of itself, fp16 by 2^-12. The loss stays within one rounding; the norm, in
     which the roundings of many layers add up, within five.

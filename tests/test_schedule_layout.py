@@ -18,8 +18,9 @@ from titan.model.parameters import (
     parameter_specs,
 )
 from titan.model.stage import padded_vocab
-from titan.plan.layout import even_split, make_layout, replica_shares
-from titan.plan.schedule import Action, Pass, forward_only, one_forward_one_backward
+from titan.plan.edges import owned, routes, row_routes
+from titan.plan.layout import Stage, even_split, make_layout, replica_samples
+from titan.plan.schedule import Action, Pass, forward_only, interleaved, one_forward_one_backward, zero_bubble
 
 # --- schedules ---
 
@@ -28,36 +29,40 @@ class DeadlockError(AssertionError):
     """No stage can go on."""
 
 
-def simulate(schedules: list[tuple[Action, ...]]) -> tuple[list[int], int]:
-    """Run all stages in ticks; receives wait, sends do not. Returns the most in flight on each stage, and the ticks.
+def simulate(schedules: list[tuple[Action, ...]], chunks: int = 1) -> tuple[list[int], int]:
+    """Run all positions in ticks; receives wait, sends do not. Returns the most in flight on each, and the ticks.
 
     Forward i of a stage needs forward i of the stage before it; backward i needs backward i of the stage after it, and
-    the stage's own forward i.
+    the stage's own forward i; a weight gradient needs the stage's own backward. Stage = chunk * positions + position.
     """
-    stages = len(schedules)
+    positions = len(schedules)
+    stages = positions * chunks
     done: set[tuple[int, Pass, int]] = set()
-    place, in_flight, most = [0] * stages, [0] * stages, [0] * stages
+    place, in_flight, most = [0] * positions, [0] * positions, [0] * positions
     ticks = 0
-    while any(place[stage] < len(schedules[stage]) for stage in range(stages)):
+    while any(place[position] < len(schedules[position]) for position in range(positions)):
         ready = []
-        for stage in range(stages):
-            if place[stage] == len(schedules[stage]):
+        for position in range(positions):
+            if place[position] == len(schedules[position]):
                 continue
-            action = schedules[stage][place[stage]]
+            action = schedules[position][place[position]]
+            stage, index = action.chunk * positions + position, action.micro_batch
             if action.kind is Pass.FORWARD:
-                needs = [(stage - 1, Pass.FORWARD, action.micro_batch)] if stage else []
+                needs = [(stage - 1, Pass.FORWARD, index)] if stage else []
+            elif action.kind is Pass.BACKWARD:
+                needs = [(stage, Pass.FORWARD, index)]
+                needs += [(stage + 1, Pass.BACKWARD, index)] if stage + 1 < stages else []
             else:
-                needs = [(stage, Pass.FORWARD, action.micro_batch)]
-                needs += [(stage + 1, Pass.BACKWARD, action.micro_batch)] if stage + 1 < stages else []
+                needs = [(stage, Pass.BACKWARD, index)]
             if all(need in done for need in needs):
-                ready.append((stage, action))
+                ready.append((position, stage, action))
         if not ready:
-            raise DeadlockError(f"stages stand at {place} of {[len(schedule) for schedule in schedules]}")
-        for stage, action in ready:
+            raise DeadlockError(f"positions stand at {place} of {[len(schedule) for schedule in schedules]}")
+        for position, stage, action in ready:
             done.add((stage, action.kind, action.micro_batch))
-            place[stage] += 1
-            in_flight[stage] += 1 if action.kind is Pass.FORWARD else -1
-            most[stage] = max(most[stage], in_flight[stage])
+            place[position] += 1
+            in_flight[position] += {Pass.FORWARD: 1, Pass.BACKWARD: -1, Pass.WEIGHT: 0}[action.kind]
+            most[position] = max(most[position], in_flight[position])
         ticks += 1
     return most, ticks
 
@@ -69,12 +74,42 @@ MANY = [(stages, micro) for stages in range(1, 9) for micro in (1, 2, 3, 4, 7, 8
 def test_1f1b_ends_with_every_micro_batch_once_each_way_and_few_in_flight(stages: int, micro_batches: int) -> None:
     schedules = [one_forward_one_backward(stage, stages, micro_batches) for stage in range(stages)]
     for schedule in schedules:
-        for kind in Pass:
+        for kind in (Pass.FORWARD, Pass.BACKWARD):
             order = [action.micro_batch for action in schedule if action.kind is kind]
             assert order == list(range(micro_batches)), "in order, so that neighbours agree on what comes next"
     most, ticks = simulate(schedules)
     assert most == [min(micro_batches, stages - stage) for stage in range(stages)]
     assert ticks == 2 * (micro_batches + stages - 1), "no bubble but the fill and the drain"
+
+
+GROUPED = [(positions, chunks, groups) for positions in (1, 2, 3, 4, 6) for chunks in (1, 2, 3) for groups in (1, 2, 4)]
+
+
+@pytest.mark.parametrize(("positions", "chunks", "groups"), GROUPED)
+def test_interleaved_ends_with_every_micro_batch_once_each_way_and_a_smaller_bubble(
+    positions: int, chunks: int, groups: int
+) -> None:
+    micro_batches = positions * groups
+    schedules = [interleaved(position, positions, chunks, micro_batches) for position in range(positions)]
+    for schedule in schedules:
+        for kind, chunk in itertools.product((Pass.FORWARD, Pass.BACKWARD), range(chunks)):
+            order = [action.micro_batch for action in schedule if (action.kind, action.chunk) == (kind, chunk)]
+            assert order == list(range(micro_batches)), "in order on every edge, so that neighbours agree"
+    _, ticks = simulate(schedules, chunks)
+    assert ticks == 2 * (micro_batches * chunks + positions - 1), "the bubble is one chunk's, not one stage's"
+
+
+@pytest.mark.parametrize(("positions", "micro_batches"), MANY)
+def test_zero_bubble_makes_every_gradient_once_and_holds_no_more(positions: int, micro_batches: int) -> None:
+    schedules = [zero_bubble(position, positions, micro_batches) for position in range(positions)]
+    for schedule in schedules:
+        held = 0
+        for kind in Pass:
+            assert sorted(a.micro_batch for a in schedule if a.kind is kind) == list(range(micro_batches))
+        for action in schedule:
+            held += {Pass.FORWARD: 1, Pass.BACKWARD: 0, Pass.WEIGHT: -1}[action.kind]
+            assert held <= min(positions, micro_batches) + 1
+    simulate(schedules)
 
 
 def test_the_simulator_sees_a_deadlock() -> None:
@@ -90,7 +125,7 @@ def test_the_simulator_sees_a_deadlock() -> None:
 
 @pytest.mark.parametrize("micro_batches", [1, 5])
 def test_looking_only_runs_forward_through_every_stage(micro_batches: int) -> None:
-    schedules = [forward_only(micro_batches)] * 3
+    schedules = [forward_only(1, micro_batches)] * 3
     simulate(schedules)
     assert schedules[0] == tuple(Action(Pass.FORWARD, index) for index in range(micro_batches))
 
@@ -148,10 +183,69 @@ def test_given_layers_are_taken_as_they_are() -> None:
 @given(st.integers(1, 8), st.integers(0, 100))
 def test_replicas_share_the_samples_of_a_micro_batch_as_evenly_as_integers_allow(dp: int, more: int) -> None:
     samples = dp + more
-    shares = replica_shares(samples, dp)
+    shares = replica_samples(samples, (1,) * dp)
     assert [index for start, end in shares for index in range(start, end)] == list(range(samples))
     sizes = [end - start for start, end in shares]
     assert len(sizes) == dp and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(1, 9), st.integers(0, 200))
+def test_unequal_shares_are_met_as_near_as_integers_allow(shares: list[int], times: int, more: int) -> None:
+    exact = replica_samples(sum(shares) * times, shares)
+    assert [end - start for start, end in exact] == [share * times for share in shares]
+    samples = sum(shares) * times + more
+    split = replica_samples(samples, shares)
+    assert [index for start, end in split for index in range(start, end)] == list(range(samples))
+    for (start, end), share in zip(split, shares, strict=True):
+        assert abs((end - start) - samples * share / sum(shares)) < 1
+
+
+# --- what crosses an edge ---
+
+
+@st.composite
+def stages(draw: st.DrawFn) -> Stage:
+    tp, dp = draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 3))
+    shares = tuple(draw(st.lists(st.integers(1, 4), min_size=dp, max_size=dp)))
+    return Stage(0, 0, 1, False, False, tp, dp, 1, draw(st.sampled_from([0, 50])), shares=shares)
+
+
+@given(source=stages(), target=stages(), samples=st.integers(12, 30), cut=st.booleans())
+def test_routes_bring_every_rank_what_it_owns_exactly_once(
+    source: Stage, target: Stage, samples: int, cut: bool
+) -> None:
+    length = 8
+    found = routes(source, target, samples, length, cut)
+    for replica, tensor in itertools.product(range(target.dp), range(target.tp)):
+        wanted = owned(target, replica, tensor, samples, length, cut)
+        got = Counter()
+        for route in found:
+            if route.target == target.rank(replica, tensor):
+                assert route.source in source.ranks
+                sender = divmod(route.source - source.first_rank, source.tp)
+                held = owned(source, *sender, samples, length, cut)
+                assert held.samples[0] <= route.region.samples[0] and route.region.samples[1] <= held.samples[1]
+                assert held.positions[0] <= route.region.positions[0] and route.region.positions[1] <= held.positions[1]
+                got.update(itertools.product(range(*route.region.positions), range(*route.region.samples)))
+        assert got == Counter(itertools.product(range(*wanted.positions), range(*wanted.samples)))
+
+
+@given(source=stages(), target=stages())
+def test_row_routes_bring_every_replica_its_rows_exactly_once(source: Stage, target: Stage) -> None:
+    rows = 64
+    got = Counter()
+    for giver, taker, (start, end) in row_routes(source, target, rows):
+        tensor = (giver - source.first_rank) % source.tp
+        assert tensor * rows // source.tp <= start < end <= (tensor + 1) * rows // source.tp
+        got.update((taker, row) for row in range(start, end))
+    part = rows // target.tp
+    wanted = {
+        (target.rank(replica, tensor), row): 1
+        for replica in range(target.dp)
+        for tensor in range(target.tp)
+        for row in range(tensor * part, (tensor + 1) * part)
+    }
+    assert got == wanted
 
 
 # --- the parameter table ---

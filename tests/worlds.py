@@ -70,9 +70,9 @@ def run_worlds(
             settings, model = roles[role]
             layout = make_layout(model, settings)
             store = dist.FileStore(store_path, layout.num_ranks)
-            world = join_world(role, layout, rank, CPU, store, GLOO_TIMEOUT_S, model.tied)
+            world = join_world(role, layout, rank, CPU, store, GLOO_TIMEOUT_S)
             result = function(world, *args)
-            dist.destroy_process_group()
+            world.leave()
             return result
 
         return call

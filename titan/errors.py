@@ -40,6 +40,10 @@ class WorkerError(RunError):
     """A rank of a role failed; the message has role, rank, step, host and the cause."""
 
 
+class PeerLostError(WorkerError):
+    """A rank noticed that another is gone: what happened there is the cause."""
+
+
 class StoppedError(TitanError):
     """The run was asked to stop and did; it can be resumed."""
 

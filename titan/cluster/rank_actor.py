@@ -8,7 +8,7 @@ import ray
 
 from titan.distill.build import make_rank
 from titan.distill.rank import RankSpec, RoleReport
-from titan.errors import TitanError, WorkerError
+from titan.errors import PeerLostError, TitanError, WorkerError
 
 if TYPE_CHECKING:
     from titan.distill.role import RoleRank
@@ -65,7 +65,8 @@ class RankActor:
             who = {"role": self.spec.role, "rank": self.spec.rank, "host": socket.gethostname(), "step": step}
             cause = str(error) if isinstance(error, TitanError) else f"{type(error).__name__}: {error}"
             where = f"{who['role']} rank {who['rank']} on {who['host']}, step {who['step']}"
-            secondary = not isinstance(error, TitanError) and "gloo" in str(error).lower()
+            noticed = not isinstance(error, TitanError) and "gloo" in str(error).lower()
+            secondary = noticed or isinstance(error, PeerLostError)
             raise RankError(f"{where}: {cause}", who, secondary, traceback.format_exc()) from None
 
 

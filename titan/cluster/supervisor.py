@@ -265,7 +265,7 @@ def _reserve(layout: Layout, config: RunConfig) -> list[PlacementGroup]:
     if config.cluster.device != "cpu" and ray.cluster_resources().get("GPU"):
         bundle = {"CPU": 1.0, "GPU": 1.0}
     return [
-        placement_group([bundle] * stage.tp, strategy="STRICT_PACK") for stage in layout.stages for _ in range(stage.dp)
+        placement_group([bundle] * stage.tp, strategy="STRICT_PACK") for stage in layout.positions for _ in range(stage.dp)
     ]
 
 
@@ -274,7 +274,7 @@ def _rank_groups(layout: Layout, groups: Sequence[PlacementGroup]) -> list[tuple
     remaining = iter(groups)
     return [
         (stage.rank(replica, tensor), group)
-        for stage in layout.stages
+        for stage in layout.positions
         for replica, group in zip(range(stage.dp), remaining, strict=False)
         for tensor in range(stage.tp)
     ]

@@ -1,21 +1,28 @@
 """What types cannot say: settings that contradict each other. Each finding is one line: setting, value, remedy."""
 
-import math
 import re
 from collections.abc import Iterator
 
-from titan.config.settings import TEACHER, VOCAB_MULTIPLE, LayoutSettings, ModelSettings, OptimizerSettings, RunConfig
+from titan.config.check_layout import divisors, layout_mistakes
+from titan.config.settings import (
+    TEACHER,
+    ModelSettings,
+    OptimizerSettings,
+    RunConfig,
+    StudentSettings,
+    TeacherSettings,
+)
 
 
 def find_mistakes(config: RunConfig) -> list[str]:
     """All contradictions in a config whose types are right."""
     mistakes: list[str] = []
-    roles = [("teacher", config.teacher.model, config.teacher.layout, config.teacher.optimizer)]
-    roles += [(f"students.{s.name}", s.model, s.layout, s.optimizer) for s in config.students]
-    for name, model, layout, optimizer in roles:
-        mistakes += _model_mistakes(f"{name}.model", model)
-        mistakes += _layout_mistakes(f"{name}.layout", model, layout, config)
-        mistakes += _optimizer_mistakes(f"{name}.optimizer", optimizer)
+    roles: list[tuple[str, TeacherSettings | StudentSettings]] = [("teacher", config.teacher)]
+    roles += [(f"students.{student.name}", student) for student in config.students]
+    for name, role in roles:
+        mistakes += _model_mistakes(f"{name}.model", role.model)
+        mistakes += layout_mistakes(f"{name}.layout", role, config.data)
+        mistakes += _optimizer_mistakes(f"{name}.optimizer", role.optimizer)
     mistakes += _student_mistakes(config)
     mistakes += _label_mistakes(config)
     mistakes += _place_mistakes(config)
@@ -34,42 +41,7 @@ def _model_mistakes(name: str, model: ModelSettings) -> Iterator[str]:
     if model.heads % model.num_kv_heads:
         yield (
             f"{name}.kv_heads must divide heads ({model.heads}), got {model.kv_heads}; "
-            f"try {_divisors(model.heads, model.num_kv_heads)}"
-        )
-
-
-def _layout_mistakes(name: str, model: ModelSettings, layout: LayoutSettings, config: RunConfig) -> Iterator[str]:
-    if layout.pp > model.layers:
-        yield f"{name}.pp is {layout.pp}, more stages than layers ({model.layers}); use at most {model.layers}"
-    if layout.layers is not None and len(layout.layers) != layout.pp:
-        yield f"{name}.layers has {len(layout.layers)} entries, pp is {layout.pp}; give one a stage"
-    elif layout.layers is not None and sum(layout.layers) != model.layers:
-        yield f"{name}.layers adds up to {sum(layout.layers)}, the model has {model.layers}; make them equal"
-    cut = {"kv_heads": model.num_kv_heads, "ffn": model.ffn, "hidden": model.hidden}
-    whole = math.gcd(VOCAB_MULTIPLE, *cut.values())
-    if whole % layout.tp:
-        yield (
-            f"{name}.tp is {layout.tp}; want a power of two that divides "
-            f"{', '.join(f'{what} ({value})' for what, value in cut.items())} and {VOCAB_MULTIPLE}, "
-            f"so at most {whole}"
-        )
-    if layout.shard not in (1, layout.dp):
-        yield f"{name}.shard is {layout.shard}; use 1 or dp ({layout.dp})"
-    if layout.sequence_parallel and config.data.sequence_length % layout.tp:
-        yield (
-            f"{name}.sequence_parallel needs data.sequence_length ({config.data.sequence_length}) to be a multiple "
-            f"of tp ({layout.tp}); use {config.data.sequence_length // layout.tp * layout.tp}"
-        )
-    batch, number = config.data.batch_size, layout.num_micro_batches
-    if batch % number:
-        yield (
-            f"{name}.micro_batches is {number}, which does not divide data.batch_size ({batch}); "
-            f"use {_divisors(batch, number)}"
-        )
-    elif batch // number < layout.dp:
-        yield (
-            f"{name}.dp is {layout.dp}, but a micro-batch has {batch // number} samples "
-            f"(data.batch_size {batch} / {number} micro-batches); use fewer micro-batches or a larger batch"
+            f"try {divisors(model.heads, model.num_kv_heads)}"
         )
 
 
@@ -125,11 +97,3 @@ def _place_mistakes(config: RunConfig) -> Iterator[str]:
             f"cluster.dashboard_port is {cluster.dashboard_port}, but a Ray that is joined at cluster.address has "
             "chosen its own; leave it out"
         )
-
-
-def _divisors(number: int, near: int) -> str:
-    """The divisors of a number on both sides of a value, as words."""
-    small = [n for n in range(1, math.isqrt(min(number, 10**12)) + 1) if number % n == 0]
-    every = sorted({*small, *(number // n for n in small)})
-    below, above = [n for n in every if n < near][-1:], [n for n in every if n > near][:1]
-    return " or ".join(map(str, below + above))

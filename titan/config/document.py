@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen, MinLen
 from pydantic import BaseModel
@@ -56,8 +56,11 @@ def _section_of(annotation: Any) -> tuple[Section | None, bool]:
     """The section that a field holds, if it holds one, and whether it may hold several."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation, False
-    if get_origin(annotation) is tuple:
-        return _section_of(get_args(annotation)[0])[0], True
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is tuple:
+        return _section_of(arguments[0])[0], True
+    if origin in (UnionType, Union, Annotated):
+        return _section_of(arguments[0])
     return None, False
 
 

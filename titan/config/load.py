@@ -110,7 +110,7 @@ def _parse_value(text: str) -> Any:
 def _causes(error: ValidationError) -> list[Any]:
     """The errors, without those that only follow from another: a list is too short because its one entry is wrong."""
     every = error.errors()
-    inside = {problem["loc"][:-1] for problem in every}
+    inside = {problem["loc"][:end] for problem in every for end in range(len(problem["loc"]))}
     return [problem for problem in every if problem["type"] != "too_short" or problem["loc"] not in inside]
 
 

@@ -2,7 +2,16 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
@@ -85,8 +94,40 @@ class ModelSettings(Section):
         return self.kv_heads or self.heads
 
 
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def _as_tuple(value: object) -> object:
+    """A number may stand for a list of one."""
+    if isinstance(value, list):
+        return tuple(value)
+    return (value,) if isinstance(value, int) else value
+
+
+class StageSettings(Section):
+    """One pipeline stage of a layout whose stages are unlike."""
+
+    layers: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)]
+    """Transformer layers; with `chunks` above 1 a list, one number a chunk."""
+    tp: PositiveInt = 1
+    """Tensor-parallel degree."""
+    dp: PositiveInt = 1
+    """Replicas, sharing the samples of a micro-batch."""
+    shard: PositiveInt = 1
+    """Ranks that share optimizer state: 1 (none) or `dp`."""
+    shares: tuple[PositiveInt, ...] | None = None
+    """How many parts of a micro-batch each replica takes, for example [3, 1]; the default is equal parts."""
+    precision: Precision | None = None
+    """Type of weights and activations; the default is the role's."""
+    device: Name | None = None
+    """Kind of device, as the inventory names it; the default is any."""
+    islands: tuple[PositiveInt, ...] | None = None
+    """Replicas in each island, adding up to `dp`, where one fast network does not join all of them: gradients are
+    reduced inside each island and exchanged in fp32 over the host's network."""
+
+
 class LayoutSettings(Section):
-    """How a role is cut over ranks: `tp * pp * dp` of them."""
+    """How a role is cut over ranks: `tp * pp * dp` of them, or stage by stage."""
 
     tp: PositiveInt = 1
     """Tensor-parallel degree; must divide `kv_heads`, `ffn` and `hidden`."""
@@ -95,25 +136,42 @@ class LayoutSettings(Section):
     dp: PositiveInt = 1
     """Replicas of each stage, sharing the samples of a micro-batch."""
     layers: tuple[PositiveInt, ...] | None = None
-    """Layers of each stage, first stage first; the default is as even as can be."""
+    """Layers of each stage, first stage first (with `chunks`, pp times as many); the default is as even as can be."""
     shard: PositiveInt = 1
     """Ranks that share optimizer state: 1 (none) or `dp`."""
+    stages: Annotated[tuple[StageSettings, ...], Field(min_length=1)] | None = None
+    """Stages one by one, where they are unlike; `tp`, `pp`, `dp`, `layers` and `shard` are then left out."""
     micro_batches: PositiveInt | None = None
     """Micro-batches in a step; each is split over `dp`. The default is `2 * pp`, or 1 without a pipeline."""
+    schedule: Literal["1f1b", "interleaved"] = "1f1b"
+    """Order of passes. `interleaved` has a smaller bubble; it needs `chunks` of 2 or more, and `micro_batches` that are
+    a multiple of the stages."""
+    chunks: PositiveInt = 1
+    """Separate runs of layers that each stage holds under the interleaved schedule."""
+    transport: Literal["auto", "direct", "host"] = "auto"
+    """How activations cross between stages: `direct` by torch.distributed, `host` through host memory and TCP, which
+    joins devices that speak no common collective library; `auto` is `host` where two stages' devices differ."""
     sequence_parallel: bool = False
     """Cut norms and residuals along the sequence inside a tensor-parallel group."""
     recompute: bool = False
     """Keep only each layer's input and compute its activations again in the backward pass."""
 
     @property
+    def num_stages(self) -> int:
+        """Pipeline stages, each on ranks of its own."""
+        return self.pp if self.stages is None else len(self.stages)
+
+    @property
     def ranks(self) -> int:
         """Processes this layout needs."""
+        if self.stages is not None:
+            return sum(stage.tp * stage.dp for stage in self.stages)
         return self.tp * self.pp * self.dp
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches in a step after the default."""
-        return self.micro_batches or (1 if self.pp == 1 else 2 * self.pp)
+        return self.micro_batches or (1 if self.num_stages == 1 else 2 * self.num_stages)
 
 
 class OptimizerSettings(Section):
@@ -137,9 +195,6 @@ class OptimizerSettings(Section):
     """Added to the root of the second moment."""
     clip: PositiveFloat = 1.0
     """Largest norm of the gradient over all parameters of the role."""
-
-
-Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class TeacherSettings(Section):

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
 from titan.checkpoint.folder import newest_step, step_folder
@@ -22,6 +21,7 @@ from titan.distill.rank import RankSpec, RoleReport
 from titan.model.parameters import num_parameters
 from titan.observe.metrics import EvalMetric, StepMetric
 from titan.ops.choose import choices
+from titan.parallel.host_transport import own_address
 from titan.parallel.world import join_world
 from titan.plan.layout import make_layout
 from titan.platform.device import Platform
@@ -58,7 +58,7 @@ class RoleRank(ABC):
         store = self.store or TCPStore(host, port, is_master=False, timeout=timeout)
         settings = spec.settings
         self.world = join_world(
-            spec.role, self.layout, spec.rank, self.platform, store, config.cluster.step_timeout_s, settings.model.tied
+            spec.role, self.layout, spec.rank, self.platform, store, config.cluster.step_timeout_s, own_address(host)
         )
         self.corpus = Corpus.open(spec.corpus_folder)
         data = config.data
@@ -203,5 +203,4 @@ class RoleRank(ABC):
 
     def leave(self) -> None:
         """Leave the world."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.world.leave()

@@ -56,7 +56,7 @@ class TeacherRank(RoleRank):
         place = self.world.place
         self.labels: LabelWriter | None = None
         self.commits: CommitWriter | None = None
-        if self.writes_labels and place.stage.has_head and place.tensor == 0:
+        if self.writes_labels and place.head_stage is not None and place.tensor == 0:
             self.spec.label_folder.mkdir(parents=True, exist_ok=True)
             reader = LabelReader(self.spec.label_folder, timeout_s=0.0)
             reader.poll()

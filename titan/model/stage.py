@@ -35,6 +35,8 @@ class Blocks:
 class StageModel(nn.Module):
     """Blocks `embedding`, `layers.N`, `final_norm` and `head` of a decoder; parameter names are global names.
 
+    A rank may hold several chunks of the model, far from each other; each is run on its own.
+
     The head is only a weight here: losses, gradients and labels are made from hidden states by one chunked operation
     outside the forward pass. With a tied model the last stage holds a copy of the embedding instead.
     """
@@ -43,7 +45,7 @@ class StageModel(nn.Module):
         self,
         model: ModelSettings,
         vocab_size: int,
-        blocks: Blocks,
+        chunks: tuple[Blocks, ...],
         groups: ProcessGroupCollection,
         dtype: torch.dtype,
         sequence_parallel: bool,
@@ -52,9 +54,10 @@ class StageModel(nn.Module):
         super().__init__()
         tp = groups.tp.size()
         self.config = transformer_config(model, dtype, tp, sequence_parallel)
-        self.model, self.blocks, self.recompute = model, blocks, recompute
+        self.model, self.chunks, self.recompute = model, chunks, recompute
+        has_head = chunks[-1].has_head
         rows = padded_vocab(vocab_size)
-        if blocks.has_embedding or (blocks.has_head and model.tied):
+        if chunks[0].has_embedding or (has_head and model.tied):
             self.embedding = VocabParallelEmbedding(
                 rows,
                 model.hidden,
@@ -67,10 +70,11 @@ class StageModel(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 str(index): build_module(spec, config=self.config, layer_number=index + 1, pg_collection=groups)
+                for blocks in chunks
                 for index in range(blocks.first_layer, blocks.end_layer)
             }
         )
-        if blocks.has_head:
+        if has_head:
             self.final_norm = RMSNorm(self.config, model.hidden, model.norm_eps)
             if not model.tied:
                 self.head = nn.Parameter(torch.empty(rows // tp, model.hidden, dtype=dtype))
@@ -81,24 +85,25 @@ class StageModel(nn.Module):
         weight: nn.Parameter = self.embedding.weight if self.model.tied else self.head
         return weight
 
-    def forward(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """One micro-batch through this stage's blocks.
+    def forward(self, inputs: dict[str, Tensor], chunk: int = 0) -> dict[str, Tensor]:
+        """One micro-batch through the blocks of a chunk.
 
         inputs:  `rope` from rope_table; the first stage `tokens` [B, S] int64, a later one `hidden` [S, B, hidden]
                  ([S / tp, B, hidden] with sequence parallelism); maybe `segments` [B, S] int32: a token sees its own
         returns: `hidden` of the same shape, after the final norm on the last stage
         """
-        hidden = self._embed(inputs["tokens"]) if self.blocks.has_embedding else inputs["hidden"]
+        blocks = self.chunks[chunk]
+        hidden = self._embed(inputs["tokens"]) if blocks.has_embedding else inputs["hidden"]
         segments = inputs.get("segments")
         visibility = Visibility(causal=True, query_segments=segments, key_segments=segments)
         branch: Tensor | None = None
-        for layer in self.layers.values():
-            run = partial(layer, rope_table=inputs["rope"], visibility=visibility)
+        for index in range(blocks.first_layer, blocks.end_layer):
+            run = partial(self.layers[str(index)], rope_table=inputs["rope"], visibility=visibility)
             if self.recompute and torch.is_grad_enabled():
                 hidden, branch = checkpoint(run, hidden, branch, use_reentrant=False, preserve_rng_state=False)
             else:
                 hidden, branch = run(hidden, branch)
-        if self.blocks.has_head:
+        if blocks.has_head:
             hidden, _ = self.final_norm(hidden, branch)
         elif branch is not None:
             hidden = hidden + branch

@@ -1,4 +1,4 @@
-"""A stage made real on this rank: its module with weights, gradient buffers, and gradient exchange."""
+"""The stages of this rank made real: one module with weights, gradient buffers, and gradient exchange."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,10 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from titan.config.settings import ModelSettings
 from titan.model.parameters import ParameterSpec, initial_value, parameter_specs
 from titan.model.stage import Blocks, StageModel, gradient_buffer
+from titan.parallel.bridge import TiedBridge, sum_over_islands
 from titan.parallel.world import World
+
+TIED = "embedding.weight"
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class ParallelStage:
     buckets: DistributedDataParallel
     specs: dict[str, ParameterSpec]
     """Specs of the parameters that this stage holds, by global name."""
+    tied: TiedBridge | None
+    """None unless the model is tied and its ends are on different ranks."""
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Local parameters by global name."""
@@ -28,17 +33,16 @@ class ParallelStage:
 
     def is_copy(self, name: str) -> bool:
         """True for the last stage's copy of a tied embedding: it counts once, on the first stage."""
-        return name == "embedding.weight" and not self.world.place.stage.has_embedding
+        return is_copy(self.world, name)
 
     def reduce_gradients(self) -> None:
-        """Make every rank's gradients those of the whole batch: tied copies, sequence slices, then replicas.
+        """Make every rank's gradients those of the whole batch: tied copies, sequence slices, replicas, islands.
 
         Sums, not means: the loss was divided by the global token count before.
         """
-        place = self.world.place
         parameters = self.named_parameters()
-        if self.world.tied_group is not None:
-            dist.all_reduce(gradient_buffer(parameters["embedding.weight"]), group=self.world.tied_group)
+        if self.tied is not None:
+            self.tied.collect_gradients(gradient_buffer(parameters[TIED]) if TIED in parameters else None)
         if self.module.config.sequence_parallel:
             norms = [gradient_buffer(p) for name, p in parameters.items() if self.specs[name].axis is None]
             if norms:
@@ -46,16 +50,26 @@ class ParallelStage:
                 dist.all_reduce(flat, group=self.world.groups.tp)
                 for gradient, total in zip(norms, torch.split(flat, [g.numel() for g in norms]), strict=True):
                     gradient.copy_(total.view_as(gradient))
-        if place.stage.dp > 1:
+        if self.world.island_group.size() > 1:
             self.buckets.finish_grad_sync()
+        sum_over_islands(self.world, [buffer.grad_data for buffer in self.buckets.buffers])
+
+    def publish_weights(self) -> None:
+        """After an update: what is held twice becomes equal again."""
+        if self.tied is not None:
+            self.tied.publish_weight()
+
+
+def is_copy(world: World, name: str) -> bool:
+    """Whether a parameter of this rank is a copy that the first stage owns."""
+    return name == TIED and not world.place.stages[0].has_embedding
 
 
 def build_stage(world: World, model: ModelSettings, vocab_size: int, dtype: torch.dtype, seed: int) -> ParallelStage:
     """Build this rank's blocks with their initial weights: the same numbers in every layout."""
     place, layout = world.place, world.layout
-    stage = place.stage
-    blocks = Blocks(stage.first_layer, stage.end_layer, stage.has_embedding, stage.has_head)
-    module = StageModel(model, vocab_size, blocks, world.groups, dtype, layout.sequence_parallel, layout.recompute)
+    chunks = tuple(Blocks(s.first_layer, s.end_layer, s.has_embedding, s.has_head) for s in place.stages)
+    module = StageModel(model, vocab_size, chunks, world.groups, dtype, layout.sequence_parallel, layout.recompute)
     module.to(world.platform.device)
     all_specs = parameter_specs(model, vocab_size)
     specs = {}
@@ -68,13 +82,17 @@ def build_stage(world: World, model: ModelSettings, vocab_size: int, dtype: torc
         )
         with torch.no_grad():
             parameter.copy_(part)
-        # megatron-core's gradient norm asks these: is it a slice, or the same on every tensor rank?
+        # megatron-core's gradient norm asks these: is it a slice, or the same on every tensor rank? Does it count here?
         parameter.tensor_model_parallel = spec.axis is not None  # type: ignore[attr-defined]
-        parameter.shared = name == "embedding.weight" and not place.stage.has_embedding  # type: ignore[attr-defined]
+        replicated = place.stage.shard == 1 and place.replica > 0
+        parameter.shared = replicated or is_copy(world, name)  # type: ignore[attr-defined]
     buckets = DistributedDataParallel(
         module.config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=place.stage.shard > 1),
         module,
         pg_collection=world.groups,
     )
-    return ParallelStage(world, module, buckets, specs)
+    tied = None
+    if model.tied and len(layout.positions) > 1:
+        tied = TiedBridge(world, dict(module.named_parameters()).get(TIED))
+    return ParallelStage(world, module, buckets, specs, tied)

@@ -1,6 +1,7 @@
 """A role's world: its ranks, where this one stands, and the process groups inside. No group ever spans two roles."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch._C._distributed_c10d import Store
 
-from titan.plan.layout import Layout, Place
+from titan.parallel.host_transport import HostTransport
+from titan.parallel.transport import DirectTransport, Transport
+from titan.plan.layout import Layout, Place, Stage
 from titan.platform.device import Platform, join_process_group
 
 
@@ -23,8 +26,10 @@ class World:
     platform: Platform
     groups: ProcessGroupCollection
     """Explicit groups for megatron-core: `tp`, `dp` and the rest; nothing is looked up globally."""
-    tied_group: dist.ProcessGroup | None
-    """This rank and its partner on the other end of the pipeline, which hold copies of a tied embedding."""
+    island_group: dist.ProcessGroup
+    """Replicas of this rank's shard in its own island: all of them, unless the layout says otherwise."""
+    transport: Transport
+    """Messages between single ranks."""
 
     @property
     def is_lead(self) -> bool:
@@ -38,45 +43,74 @@ class World:
             dist.all_reduce(total)
         return total.tolist()
 
-    def neighbour(self, offset: int) -> int:
-        """World rank at the same replica and tensor position of the stage `offset` further."""
-        stage = self.layout.stages[self.place.stage.index + offset]
-        return stage.rank(self.place.replica, self.place.tensor)
+    def leave(self) -> None:
+        """Close connections and groups."""
+        self.transport.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def join_world(
-    role: str, layout: Layout, rank: int, platform: Platform, store: Store, timeout_s: float, tied: bool
+    role: str, layout: Layout, rank: int, platform: Platform, store: Store, timeout_s: float, address: str = "127.0.0.1"
 ) -> World:
-    """Meet the other ranks of the role in `store` and form its groups. Every rank calls it once."""
+    """Meet the other ranks of the role in `store` and form its groups. Every rank calls it once.
+
+    address: this host's, as the other ranks reach it
+    """
     join_process_group(platform, store, rank, layout.num_ranks, timeout_s)
     place = layout.place(rank)
-
-    def group_of(all_groups: list[list[int]]) -> dist.ProcessGroup:
-        """Form every group, in one order on every rank; return the one this rank is in."""
-        mine: dist.ProcessGroup | None = None
-        for ranks in all_groups:
-            group: dist.ProcessGroup = dist.new_group(ranks)
-            if rank in ranks:
-                mine = group
-        assert mine is not None, "every rank is in one group of each kind"
-        return mine
-
-    stages = layout.stages
-    tensor = group_of([[s.rank(r, t) for t in range(s.tp)] for s in stages for r in range(s.dp)])
-    data = group_of([[s.rank(r, t) for r in range(s.dp)] for s in stages for t in range(s.tp)])
-    alone = group_of([[r] for r in range(layout.num_ranks)])
-    # ranks whose gradients together make one copy of the model: one replica of every stage
-    model = group_of([[s.rank(r, t) for s in stages for t in range(s.tp)] for r in range(stages[0].dp)])
-    tied_group = None
-    if tied and len(stages) > 1:
-        ends = (stages[0], stages[-1])
-        pairs = [[end.rank(r, t) for end in ends] for r in range(ends[0].dp) for t in range(ends[0].tp)]
-        formed = [dist.new_group(pair) for pair in pairs]
-        tied_group = next((group for group, pair in zip(formed, pairs, strict=True) if rank in pair), None)
+    positions = layout.positions
+    tensor = _group_of(rank, [[s.rank(r, t) for t in range(s.tp)] for s in positions for r in range(s.dp)])
+    data = _group_of(rank, [[s.rank(r, t) for r in range(s.dp)] for s in positions for t in range(s.tp)])
+    island = data
+    if any(stage.islands for stage in positions):
+        island = _group_of(rank, [group for stage in positions for group in island_ranks(stage)])
+    alone = _group_of(rank, [[r] for r in range(layout.num_ranks)])
+    # Gradient norms are summed over the whole role: stages may have unlike numbers of replicas, so ranks do not fall
+    # into groups that hold one copy of the model each; parallel.stage marks the copies that do not count.
     groups = ProcessGroupCollection(
-        tp=tensor, dp=data, dp_cp=data, cp=alone, pp=alone, ep=alone, embd=None, mp=model,
+        tp=tensor, dp=island, dp_cp=island, cp=alone, pp=alone, ep=alone, embd=None, mp=dist.group.WORLD,
         expt_tp=alone, expt_dp=alone, tp_ep=alone, tp_ep_pp=alone, intra_dist_opt=dist.group.WORLD,
     )  # fmt: skip
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:  # scratch memory of sequence-parallel gathers; names no group
         parallel_state._set_global_memory_buffer()
-    return World(role, layout, place, platform, groups, tied_group)
+    if layout.transport == "host":
+        transport: Transport = HostTransport(rank, layout.num_ranks, store, address, platform.device, timeout_s)
+    else:
+        transport = DirectTransport(_channel_groups(layout, platform))
+    return World(role, layout, place, platform, groups, island, transport)
+
+
+def island_ranks(stage: Stage) -> list[list[int]]:
+    """Ranks that reduce gradients together inside one island of a stage, island by island and tensor rank by rank."""
+    islands = stage.islands or (stage.dp,)
+    starts = [0, *itertools.accumulate(islands)]
+    return [
+        [stage.rank(replica, tensor) for replica in range(start, start + size)]
+        for start, size in zip(starts, islands, strict=False)
+        for tensor in range(stage.tp)
+    ]
+
+
+def _group_of(rank: int, all_groups: list[list[int]]) -> dist.ProcessGroup:
+    """Form every group, in one order on every rank; return the one this rank is in."""
+    mine: dist.ProcessGroup | None = None
+    for ranks in all_groups:
+        group: dist.ProcessGroup = dist.new_group(ranks)
+        if rank in ranks:
+            mine = group
+    assert mine is not None, "every rank is in one group of each kind"
+    return mine
+
+
+def _channel_groups(layout: Layout, platform: Platform) -> Callable[[int], dist.ProcessGroup | None]:
+    """The group of each channel where the backend has no tags; gloo has."""
+    if platform.has_tags:
+        return lambda channel: None
+    groups = [
+        dist.new_group(sorted({*before.ranks, *after.ranks}))
+        for before, after in itertools.pairwise(layout.stages)
+        for _ in ("forward", "backward")
+    ]
+    # what is no edge's (the gradient bridge) is exchanged between steps, in one order on both ends
+    return lambda channel: groups[channel] if channel < len(groups) else dist.group.WORLD

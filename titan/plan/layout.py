@@ -1,10 +1,12 @@
 """A role's layout as frozen data: its stages, which blocks each holds, and where every rank stands."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from titan.config.settings import TEACHER, LayoutSettings, ModelSettings, RunConfig
+from titan.config.settings import TEACHER, LayoutSettings, ModelSettings, RunConfig, StageSettings
+from titan.plan.schedule import Schedule, ScheduleName, make_schedule
 
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
@@ -16,6 +18,7 @@ class Stage:
     """Named blocks on `tp * dp` ranks: maybe the embedding, layers [first_layer, end_layer), maybe the head."""
 
     index: int
+    """Place in the order of the model."""
     first_layer: int
     end_layer: int
     has_embedding: bool
@@ -24,6 +27,16 @@ class Stage:
     dp: int
     shard: int
     first_rank: int
+    chunk: int = 0
+    """Which of the stages on the same ranks this is; 0 unless the schedule is interleaved."""
+    shares: tuple[int, ...] = ()
+    """Parts of a micro-batch that each replica takes; empty for equal parts."""
+    precision: str | None = None
+    """Type of weights and activations; None for the role's."""
+    device: str | None = None
+    """Kind of device in the inventory; None for any."""
+    islands: tuple[int, ...] = ()
+    """Replicas in each island; empty for one island."""
 
     @property
     def ranks(self) -> range:
@@ -34,15 +47,32 @@ class Stage:
         """World rank of one tensor rank of one replica."""
         return self.first_rank + replica * self.tp + tensor
 
+    def samples(self, count: int) -> tuple[tuple[int, int], ...]:
+        """[start, end) of each replica's samples in a micro-batch of `count`."""
+        return replica_samples(count, self.shares or (1,) * self.dp)
+
 
 @dataclass(frozen=True)
 class Place:
     """Where a rank stands in its layout."""
 
     rank: int
-    stage: Stage
+    stages: tuple[Stage, ...]
+    """Stages this rank holds a part of, in the order of the model; one unless the schedule is interleaved."""
+    position: int
+    """Which of the pipeline's positions it is at."""
     replica: int
     tensor: int
+
+    @property
+    def stage(self) -> Stage:
+        """The first of its stages; what describes ranks (tp, dp, shard, shares) is the same for all."""
+        return self.stages[0]
+
+    @property
+    def head_stage(self) -> Stage | None:
+        """The stage with the head, if this rank holds it."""
+        return self.stages[-1] if self.stages[-1].has_head else None
 
 
 @dataclass(frozen=True)
@@ -53,21 +83,29 @@ class Layout:
     micro_batches: int
     sequence_parallel: bool
     recompute: bool
+    schedule: ScheduleName = "1f1b"
+    chunks: int = 1
+    transport: Literal["direct", "host"] = "direct"
+
+    @property
+    def positions(self) -> tuple[Stage, ...]:
+        """The first stage at each pipeline position: one a group of ranks."""
+        return self.stages[: len(self.stages) // self.chunks]
 
     @property
     def num_ranks(self) -> int:
         """Processes of the role."""
-        return sum(len(stage.ranks) for stage in self.stages)
-
-    @property
-    def tied_ranks(self) -> tuple[int, int]:
-        """First ranks of the two stages that hold a tied embedding (equal when there is one stage)."""
-        return self.stages[0].first_rank, self.stages[-1].first_rank
+        return sum(len(stage.ranks) for stage in self.positions)
 
     def place(self, rank: int) -> Place:
-        """Stage, replica and tensor rank of a world rank."""
-        stage = next(stage for stage in self.stages if rank in stage.ranks)
-        return Place(rank, stage, *divmod(rank - stage.first_rank, stage.tp))
+        """Stages, replica and tensor rank of a world rank."""
+        position = next(index for index, stage in enumerate(self.positions) if rank in stage.ranks)
+        stages = self.stages[position :: len(self.positions)]
+        return Place(rank, stages, position, *divmod(rank - stages[0].first_rank, stages[0].tp))
+
+    def actions(self, position: int) -> Schedule:
+        """What the ranks at a position do in a training step."""
+        return make_schedule(self.schedule, position, len(self.positions), self.chunks, self.micro_batches)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for plan.json."""
@@ -86,25 +124,47 @@ def even_split(layers: int, stages: int) -> tuple[int, ...]:
 
 def make_layout(model: ModelSettings, settings: LayoutSettings) -> Layout:
     """The layout that settings describe; the settings have been checked."""
-    split = settings.layers or even_split(model.layers, settings.pp)
-    stages, first_layer, first_rank = [], 0, 0
-    for index, num_layers in enumerate(split):
+    wanted = settings.stages or _alike(model, settings)
+    chunks, count = settings.chunks, len(wanted) * settings.chunks
+    first_ranks = [0, *itertools.accumulate(stage.tp * stage.dp for stage in wanted)]
+    stages: list[Stage] = []
+    for index in range(count):
+        chunk, position = divmod(index, len(wanted))
+        of = wanted[position]
+        first_layer = stages[-1].end_layer if stages else 0
         stages.append(
             Stage(
                 index=index,
                 first_layer=first_layer,
-                end_layer=first_layer + num_layers,
+                end_layer=first_layer + of.layers[chunk],
                 has_embedding=index == 0,
-                has_head=index == len(split) - 1,
-                tp=settings.tp,
-                dp=settings.dp,
-                shard=settings.shard,
-                first_rank=first_rank,
+                has_head=index == count - 1,
+                tp=of.tp,
+                dp=of.dp,
+                shard=of.shard,
+                first_rank=first_ranks[position],
+                chunk=chunk,
+                shares=of.shares or (),
+                precision=of.precision,
+                device=of.device,
+                islands=of.islands or (),
             )
         )
-        first_layer += num_layers
-        first_rank += settings.tp * settings.dp
-    return Layout(tuple(stages), settings.num_micro_batches, settings.sequence_parallel, settings.recompute)
+    mixed = len({stage.device for stage in wanted}) > 1
+    transport = settings.transport if settings.transport != "auto" else ("host" if mixed else "direct")
+    return Layout(
+        tuple(stages), settings.num_micro_batches, settings.sequence_parallel, settings.recompute, settings.schedule,
+        chunks, transport,
+    )  # fmt: skip
+
+
+def _alike(model: ModelSettings, settings: LayoutSettings) -> tuple[StageSettings, ...]:
+    """Stages that differ in nothing but their layers."""
+    split = settings.layers or even_split(model.layers, settings.pp * settings.chunks)
+    return tuple(
+        StageSettings(layers=split[position :: settings.pp], tp=settings.tp, dp=settings.dp, shard=settings.shard)
+        for position in range(settings.pp)
+    )
 
 
 def role_layouts(config: RunConfig) -> dict[str, Layout]:
@@ -113,7 +173,7 @@ def role_layouts(config: RunConfig) -> dict[str, Layout]:
     return layouts | {student.name: make_layout(student.model, student.layout) for student in config.students}
 
 
-def replica_shares(samples: int, dp: int) -> tuple[tuple[int, int], ...]:
-    """[start, end) of each replica's samples in a micro-batch: integer shares that need not be equal."""
-    bounds = [samples * replica // dp for replica in range(dp + 1)]
-    return tuple(itertools.pairwise(bounds))
+def replica_samples(count: int, shares: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """[start, end) of each replica's samples when `count` are split by integer shares, as near to them as can be."""
+    ends = [count * taken // sum(shares) for taken in itertools.accumulate(shares, initial=0)]
+    return tuple(itertools.pairwise(ends))

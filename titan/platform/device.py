@@ -24,6 +24,11 @@ class Platform:
     backend: str
     """torch.distributed backend string of collectives inside a world."""
 
+    @property
+    def has_tags(self) -> bool:
+        """Whether point-to-point messages between this device's ranks can be told apart by tags."""
+        return self.kind == "cpu"
+
     def synchronize(self) -> None:
         """Wait for all work queued on the device."""
         if self.kind == "cuda":

@@ -11,11 +11,13 @@ from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettin
 from titan.model.stage import rope_table
 from titan.ops.head import Objective
 from titan.ops.label import TeacherSays
-from titan.parallel.executor import EdgeShapes, HeadStep, PipelineExecutor, Tensors
+from titan.parallel.edge import Tensors
+from titan.parallel.executor import EdgeSpec, HeadStep, PipelineExecutor
 from titan.parallel.stage import build_stage
 from titan.parallel.world import World
-from titan.plan.layout import replica_shares
-from titan.plan.schedule import Action, forward_only, one_forward_one_backward
+from titan.plan.layout import Stage
+from titan.plan.pace import Pace
+from titan.plan.schedule import Action, forward_only
 from titan.tasks.causal_lm import MicroBatch, SampleLabels, make_micro_batch, run_task_head, vocab_shard
 from titan.train.optimizer import RoleOptimizer, learning_rate
 
@@ -65,15 +67,16 @@ class StepResult:
 class Trainer:
     """Model stage, optimizer and pipeline of one rank."""
 
-    def __init__(self, world: World, settings: TrainerSettings):
-        self.world, self.settings = world, settings
-        self.dtype = DTYPES[settings.precision]
+    def __init__(self, world: World, settings: TrainerSettings, pace: Pace | None = None):
+        """pace: on a paced device, what its passes take"""
+        self.world, self.settings, self.pace = world, settings, pace
+        self.dtype = self._dtype_of(world.place.stage)
         self.stage = build_stage(world, settings.model, settings.vocab_size, self.dtype, settings.seed)
         self.optimizer = RoleOptimizer(self.stage, settings.optimizer, self.dtype)
-        self.executor = PipelineExecutor(world, self.dtype)
+        self.executor = PipelineExecutor(world, self._dtype_of, pace)
         self.rope = rope_table(settings.model, settings.sequence_length, world.platform.device)
         self.shard = None
-        if world.place.stage.has_head:
+        if world.place.head_stage is not None:
             self.shard = vocab_shard(self.stage.module, settings.vocab_size, world.groups.tp)
 
     def step(
@@ -114,11 +117,13 @@ class Trainer:
             return result.grad_hidden_ND
 
         self.optimizer.zero_gradients()
-        place = self.world.place
-        schedule = one_forward_one_backward(place.stage.index, len(self.world.layout.stages), len(batches))
-        self._run(schedule, batches, head)
+        self._run(self.world.layout.actions(self.world.place.position), batches, head)
+        passed = time.perf_counter()
         self.stage.reduce_gradients()
         norm = self.optimizer.step(learning_rate)
+        self.stage.publish_weights()
+        if self.pace is not None:
+            time.sleep(max(0.0, passed + self.pace.update_s - time.perf_counter()))
         if on_labels is not None:
             on_labels(parts)
         totals = self._total(sums, votes or [])
@@ -157,18 +162,14 @@ class Trainer:
             sums[0] += result.cross_entropy.cpu()
             return None
 
-        self._run(forward_only(len(batches)), batches, head)
+        self._run(forward_only(self.world.layout.chunks, len(batches)), batches, head)
         return sums
 
     def _run(self, schedule: Sequence[Action], batches: list[tuple[int, MicroBatch]], head: HeadStep) -> None:
         inputs: list[Tensors] = [{"rope": self.rope, "tokens": batch.tokens_BS} for _, batch in batches]
-        length = self.settings.sequence_length
-        if self.stage.module.config.sequence_parallel:
-            length //= self.world.place.stage.tp
-        shapes: list[EdgeShapes] = [
-            {"hidden": (length, len(batch.tokens_BS), self.settings.model.hidden)} for _, batch in batches
-        ]
-        self.executor.run(schedule, self.stage.module, inputs, shapes, head)
+        samples = self.settings.batch_size // self.world.layout.micro_batches
+        edge = EdgeSpec(samples, self.settings.sequence_length, {"hidden": (self.settings.model.hidden,)})
+        self.executor.run(schedule, self.stage.module, inputs, edge, head)
 
     def _micro_batches(
         self, tokens: np.ndarray, weight: np.ndarray, labels: SampleLabels | None
@@ -176,7 +177,7 @@ class Trainer:
         """Own share of every micro-batch, with the index of its first sample in the batch."""
         place, number = self.world.place, self.world.layout.micro_batches
         size = len(tokens) // number
-        start, end = replica_shares(size, place.stage.dp)[place.replica]
+        start, end = place.stage.samples(size)[place.replica]
         batches = []
         for index in range(number):
             part = slice(index * size + start, index * size + end)
@@ -187,8 +188,11 @@ class Trainer:
     def _total(self, sums: torch.Tensor, votes: list[float]) -> list[float]:
         """Sums over the replicas of the last stage, and over all ranks for votes."""
         place = self.world.place
-        counts = place.stage.has_head and place.tensor == 0
+        counts = place.head_stage is not None and place.tensor == 0
         return self.world.sum_over_ranks([*(sums if counts else torch.zeros_like(sums)).tolist(), *votes])
+
+    def _dtype_of(self, stage: Stage) -> torch.dtype:
+        return DTYPES[stage.precision or self.settings.precision]
 
     def learning_rate(self, step: int, total_steps: int) -> float:
         """Learning rate of a step, counted from 1."""

@@ -1,0 +1,146 @@
+"""What a layout may not say: about its model, the batch, and its own stages. Each finding is one line with a remedy."""
+
+import math
+from collections.abc import Iterator
+
+from titan.config.settings import (
+    VOCAB_MULTIPLE,
+    DataSettings,
+    LayoutSettings,
+    ModelSettings,
+    StageSettings,
+    StudentSettings,
+    TeacherSettings,
+)
+
+ALIKE = ("tp", "pp", "dp", "layers", "shard")
+"""What describes stages that are alike, and has no place beside `stages`."""
+
+
+def layout_mistakes(name: str, role: TeacherSettings | StudentSettings, data: DataSettings) -> Iterator[str]:
+    """Everything wrong with the layout of a role; name: dotted, as in run.toml."""
+    model, layout = role.model, role.layout
+    if layout.stages is None:
+        yield from _alike_mistakes(name, model, layout)
+        tp_at = [(name, layout.tp, layout.dp, layout.shard)]
+    else:
+        yield from _stages_mistakes(name, role, layout.stages)
+        tp_at = [(f"{name}.stages.{i}", stage.tp, stage.dp, stage.shard) for i, stage in enumerate(layout.stages)]
+    for where, tp, dp, shard in tp_at:
+        yield from _degree_mistakes(where, model, data, tp, layout.sequence_parallel)
+        if shard not in (1, dp):
+            yield f"{where}.shard is {shard}; use 1 or dp ({dp})"
+    yield from _schedule_mistakes(name, layout)
+    yield from _batch_mistakes(name, layout, data)
+
+
+def _alike_mistakes(name: str, model: ModelSettings, layout: LayoutSettings) -> Iterator[str]:
+    count = layout.pp * layout.chunks
+    if count > model.layers and layout.chunks == 1:
+        yield f"{name}.pp is {layout.pp}, more stages than layers ({model.layers}); use at most {model.layers}"
+    elif count > model.layers:
+        yield (
+            f"{name}.pp x chunks is {layout.pp} x {layout.chunks}, more than the model's layers ({model.layers}); "
+            "use fewer chunks"
+        )
+    if layout.layers is not None and len(layout.layers) != count:
+        want = "one a stage" if layout.chunks == 1 else f"one a chunk, {count}"
+        yield f"{name}.layers has {len(layout.layers)} entries, pp is {layout.pp}; give {want}"
+    elif layout.layers is not None and sum(layout.layers) != model.layers:
+        yield f"{name}.layers adds up to {sum(layout.layers)}, the model has {model.layers}; make them equal"
+
+
+def _stages_mistakes(
+    name: str, role: TeacherSettings | StudentSettings, stages: tuple[StageSettings, ...]
+) -> Iterator[str]:
+    layout = role.layout
+    for key in ALIKE:
+        if key in layout.model_fields_set:
+            yield f"{name}.{key} is {getattr(layout, key)} beside stages, which say it themselves; leave it out"
+            break
+    total = 0
+    for index, stage in enumerate(stages):
+        here = f"{name}.stages.{index}"
+        total += sum(stage.layers)
+        if len(stage.layers) != layout.chunks:
+            yield f"{here}.layers has {len(stage.layers)} entries, {name}.chunks is {layout.chunks}; give one a chunk"
+            return
+        if stage.shares is not None and len(stage.shares) != stage.dp:
+            yield f"{here}.shares has {len(stage.shares)} entries, dp is {stage.dp}; give one a replica"
+        if stage.islands is not None and sum(stage.islands) != stage.dp:
+            yield f"{here}.islands adds up to {sum(stage.islands)}, dp is {stage.dp}; count every replica once"
+        elif stage.islands is not None and len(stage.islands) > 1 and stage.shard > 1:
+            yield f"{here}.shard is {stage.shard}; optimizer state is not shared between islands, use 1"
+    if total != role.model.layers:
+        yield f"{name}.stages have {total} layers, the model has {role.model.layers}; make them equal"
+    kinds = {stage.precision or role.precision for stage in stages}
+    if "fp16" in kinds and len(kinds) > 1:
+        yield (
+            f"{name}.stages mix fp16 with {', '.join(sorted(kinds - {'fp16'}))}; fp16 scales the loss for all stages, "
+            "use it in all or in none"
+        )
+
+
+def _degree_mistakes(
+    where: str, model: ModelSettings, data: DataSettings, tp: int, sequence_parallel: bool
+) -> Iterator[str]:
+    cut = {"kv_heads": model.num_kv_heads, "ffn": model.ffn, "hidden": model.hidden}
+    whole = math.gcd(VOCAB_MULTIPLE, *cut.values())
+    if whole % tp:
+        yield (
+            f"{where}.tp is {tp}; want a power of two that divides "
+            f"{', '.join(f'{what} ({value})' for what, value in cut.items())} and {VOCAB_MULTIPLE}, "
+            f"so at most {whole}"
+        )
+    if sequence_parallel and data.sequence_length % tp:
+        setting = f"{where.partition('.layout')[0]}.layout.sequence_parallel"
+        yield (
+            f"{setting} needs data.sequence_length ({data.sequence_length}) to be a multiple "
+            f"of tp ({tp}); use {data.sequence_length // tp * tp}"
+        )
+
+
+def _schedule_mistakes(name: str, layout: LayoutSettings) -> Iterator[str]:
+    stages, number = layout.num_stages, layout.num_micro_batches
+    if layout.schedule == "1f1b":
+        if layout.chunks > 1:
+            yield f"{name}.chunks is {layout.chunks}, but schedule is '1f1b'; use 'interleaved' or 1 chunk"
+        return
+    if layout.chunks < 2 or stages < 2:
+        yield (
+            f"{name}.schedule is 'interleaved' with {stages} stages and {layout.chunks} chunks; it needs 2 or more of "
+            "both, use '1f1b'"
+        )
+    elif number % stages:
+        yield (
+            f"{name}.micro_batches is {number}; the interleaved schedule wants a multiple of the stages ({stages}), "
+            f"use {math.ceil(number / stages) * stages}"
+        )
+
+
+def _batch_mistakes(name: str, layout: LayoutSettings, data: DataSettings) -> Iterator[str]:
+    batch, number = data.batch_size, layout.num_micro_batches
+    if batch % number:
+        yield (
+            f"{name}.micro_batches is {number}, which does not divide data.batch_size ({batch}); "
+            f"use {divisors(batch, number)}"
+        )
+        return
+    samples = batch // number
+    size = f"a micro-batch has {samples} samples (data.batch_size {batch} / {number} micro-batches)"
+    remedy = "use fewer micro-batches or a larger batch"
+    if layout.stages is None and samples < layout.dp:
+        yield f"{name}.dp is {layout.dp}, but {size}; {remedy}"
+    for index, stage in enumerate(layout.stages or ()):
+        shares = stage.shares or (1,) * stage.dp
+        if len(shares) == stage.dp and samples * min(shares) < sum(shares):
+            what = f"shares is {list(stage.shares)}" if stage.shares else f"dp is {stage.dp}"
+            yield f"{name}.stages.{index}.{what}, but {size}, not one for every replica; {remedy}"
+
+
+def divisors(number: int, near: int) -> str:
+    """The divisors of a number on both sides of a value, as words."""
+    small = [n for n in range(1, math.isqrt(min(number, 10**12)) + 1) if number % n == 0]
+    every = sorted({*small, *(number // n for n in small)})
+    below, above = [n for n in every if n < near][-1:], [n for n in every if n > near][:1]
+    return " or ".join(map(str, below + above))
