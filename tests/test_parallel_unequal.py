@@ -26,7 +26,8 @@ LAYOUTS = {
     "dp3 to dp2": (stages({"layers": 2, "dp": 3}, {"layers": 2, "dp": 2}), "gqa"),
     "shares 3:1": (stages({"layers": 2, "dp": 2, "shares": (3, 1)}, {"layers": 2}), "gqa"),
     "three stages all different, tied": (
-        stages({"layers": 1, "tp": 2}, {"layers": 2, "dp": 2, "shares": (1, 3), "shard": 2}, {"layers": 1}, micro_batches=4), "tied",
+        stages({"layers": 1, "tp": 2}, {"layers": 2, "dp": 2, "shares": (1, 3), "shard": 2}, {"layers": 1},
+               micro_batches=4), "tied",
     ),
     "tied, tp1 to tp2": (stages({"layers": 2}, {"layers": 2, "tp": 2}), "tied"),
     "tied, tp2 dp1 to tp1 dp2 sharded": (stages({"layers": 2, "tp": 2}, {"layers": 2, "dp": 2, "shard": 2}), "tied"),
@@ -35,7 +36,8 @@ LAYOUTS = {
         stages({"layers": 2, "tp": 2}, {"layers": 2, "dp": 2}, sequence_parallel=True, recompute=True), "tied",
     ),
     "whole to sequence slices of 2 to 4": (
-        stages({"layers": 1}, {"layers": 1, "tp": 2}, {"layers": 2, "tp": 4}, sequence_parallel=True, micro_batches=4), "mha",
+        stages({"layers": 1}, {"layers": 1, "tp": 2}, {"layers": 2, "tp": 4}, sequence_parallel=True,
+               micro_batches=4), "mha",
     ),
     "interleaved": (LayoutSettings(pp=2, schedule="interleaved", chunks=2, micro_batches=4), "gqa"),
     "interleaved, unlike stages, tied": (
