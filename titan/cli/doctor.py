@@ -187,32 +187,32 @@ def _choices() -> Iterator[Finding]:
     try:
         import torch
 
-        from titan.platform.device import select_platform
+        from titan.platform.device import VENDORS, num_devices, select_platform
     except (ImportError, OSError) as error:
         reason = str(error).partition("\n")[0]
         yield Finding("devices", "unknown", problem=f"torch cannot be imported ({reason}), {INSTALL}")
         return
     device = select_platform("auto")
-    count = torch.cuda.device_count() if device.kind == "cuda" else 0
+    count = num_devices(device.kind) if device.kind != "cpu" else 0
     if count:
-        names = sorted({torch.cuda.get_device_name(index) for index in range(count)})
-        yield Finding("devices", f"{count} x {', '.join(names)}", "torch sees CUDA, so cluster.device auto takes it")
-        yield Finding("rank slots", f"{count} CUDA ranks", "one a device")
-        collectives, why = "NCCL collectives", "between CUDA ranks; gloo for control and what is on the host"
+        kind, library = device.kind.upper(), VENDORS[device.kind].collectives.upper()
+        yield Finding("devices", f"{count} x {device.name}", f"torch sees {kind}, so cluster.device auto takes it")
+        yield Finding("rank slots", f"{count} {kind} ranks", "one a device")
+        collectives, why = f"{library} collectives", f"between {kind} ranks; gloo for what is on the host"
     else:
         ranks = ClusterSettings().cpu_ranks_per_core
-        yield Finding("devices", "CPU only", "torch sees no CUDA device")
+        yield Finding("devices", "CPU only", "torch sees no CUDA device and no Ascend NPU")
         yield Finding("rank slots", f"{cpu_count() * ranks} CPU ranks", f"{ranks} a core (cluster.cpu_ranks_per_core)")
         collectives, why = "gloo collectives", "NCCL works between CUDA devices only"
     available = torch.distributed.is_available() and torch.distributed.is_gloo_available()
     problem: str | None = None
     if not available:
         problem = "torch was built without gloo, install the wheel from pytorch.org"
-    elif count and not torch.distributed.is_nccl_available():
+    elif device.kind == "cuda" and not torch.distributed.is_nccl_available():
         problem = "torch was built without NCCL, install the CUDA wheel from pytorch.org"
     yield Finding("collectives", collectives, why, problem)
     yield _kernels(device.kind)
-    yield _optimizer(bool(count))
+    yield _optimizer(device.kind == "cuda")
 
 
 def _kernels(device: str) -> Finding:

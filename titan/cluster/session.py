@@ -13,6 +13,8 @@ from titan.config.settings import ClusterSettings
 from titan.errors import PlatformError
 from titan.plan.inventory import Inventory, Node
 
+ACCELERATORS = {"cuda": "GPU", "npu": "NPU"}
+"""What Ray calls one device of each kind."""
 OBJECT_STORE_BYTES = 128 << 20
 """Ray's shared memory; labels and checkpoints do not pass through it."""
 
@@ -54,10 +56,11 @@ def discover(settings: ClusterSettings) -> Inventory:
         if not node["Alive"]:
             continue
         resources = node["Resources"]
-        gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
-        if settings.device != "cpu" and gpus:
-            nodes.append(Node(node["NodeName"], "cuda", gpus))
-        elif settings.device != "cuda" and cpus:
+        found = [(kind, int(resources.get(name, 0))) for kind, name in ACCELERATORS.items()]
+        kind, count = next((one for one in found if one[1] and settings.device in ("auto", one[0])), ("cpu", 0))
+        if count:
+            nodes.append(Node(node["NodeName"], kind, count))
+        elif settings.device in ("auto", "cpu") and (cpus := int(resources.get("CPU", 0))):
             nodes.append(Node(node["NodeName"], "cpu", cpus * settings.cpu_ranks_per_core))
     if not nodes:
         raise _no_device(settings)
@@ -67,19 +70,19 @@ def discover(settings: ClusterSettings) -> Inventory:
 def local_inventory(settings: ClusterSettings) -> Inventory:
     """What a local Ray will offer on this machine, without starting it. Raises PlatformError if that is nothing."""
     name = os.uname().nodename
-    if settings.device != "cpu" and _may_have_cuda():
-        from titan.platform.device import num_cuda_devices  # torch: two seconds that a machine without CUDA saves
+    if settings.device != "cpu" and _may_have_accelerator():
+        from titan.platform.device import VENDORS, num_devices  # torch: two seconds that a machine without saves
 
-        gpus = num_cuda_devices()
-        if gpus:
-            return Inventory((Node(name, "cuda", gpus),))
-    if settings.device == "cuda":
+        for kind in VENDORS:
+            if settings.device in ("auto", kind) and (count := num_devices(kind)):
+                return Inventory((Node(name, kind, count),))
+    if settings.device not in ("auto", "cpu"):
         raise _no_device(settings)
     return Inventory((Node(name, "cpu", cpu_count() * settings.cpu_ranks_per_core),))
 
 
-def _may_have_cuda() -> bool:
-    return Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists()
+def _may_have_accelerator() -> bool:
+    return any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg", "davinci_manager"))
 
 
 def _no_device(settings: ClusterSettings) -> PlatformError:

@@ -16,7 +16,7 @@ from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from titan.cluster.rank_actor import RankActor, RankError
-from titan.cluster.session import discover
+from titan.cluster.session import ACCELERATORS, discover
 from titan.config.settings import RunConfig
 from titan.distill.rank import RankSpec, RoleReport
 from titan.errors import PlatformError, WorkerError
@@ -262,10 +262,14 @@ class Supervisor:
 def _reserve(layout: Layout, config: RunConfig) -> list[PlacementGroup]:
     """One placement group a tensor-parallel group; its bundles stay on one node."""
     bundle = {"CPU": 1.0 / config.cluster.cpu_ranks_per_core}
-    if config.cluster.device != "cpu" and ray.cluster_resources().get("GPU"):
-        bundle = {"CPU": 1.0, "GPU": 1.0}
+    for kind, name in ACCELERATORS.items():
+        if config.cluster.device in ("auto", kind) and ray.cluster_resources().get(name):
+            bundle = {"CPU": 1.0, name: 1.0}
+            break
     return [
-        placement_group([bundle] * stage.tp, strategy="STRICT_PACK") for stage in layout.positions for _ in range(stage.dp)
+        placement_group([bundle] * stage.tp, strategy="STRICT_PACK")
+        for stage in layout.positions
+        for _ in range(stage.dp)
     ]
 
 
@@ -287,6 +291,7 @@ def _start_actor(spec: RankSpec, group: PlacementGroup, layout: Layout) -> Any:
         name=f"{spec.run_folder.name}/{spec.role}/{spec.rank}/{time.time_ns()}",
         num_cpus=bundle["CPU"],
         num_gpus=bundle.get("GPU", 0),
+        resources={name: share for name, share in bundle.items() if name not in ("CPU", "GPU")},
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=place.tensor),
     )
     return skin.remote(spec)

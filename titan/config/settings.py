@@ -288,8 +288,8 @@ class ClusterSettings(Section):
     """Ray cluster to join, `host:port`; absent, a local one is started for the run."""
     cpu_ranks_per_core: PositiveInt = 4
     """CPU ranks that may share a core of a machine without accelerators."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Kind of device that ranks use; `auto` takes CUDA where torch sees it."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Kind of device that ranks use; `auto` takes CUDA where torch sees it, then Ascend NPUs where torch_npu does."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for all ranks to be up."""
     step_timeout_s: PositiveFloat = 300.0

@@ -60,6 +60,8 @@ class StepResult:
     learning_rate: float
     tokens: int
     seconds: float
+    busy_s: list[float] = field(default_factory=list)
+    """Seconds that each rank of the role computed, not waited, in its passes."""
     votes: list[float] = field(default_factory=list)
     """Sums over all ranks of what each passed as `votes`."""
 
@@ -126,7 +128,10 @@ class Trainer:
             time.sleep(max(0.0, passed + self.pace.update_s - time.perf_counter()))
         if on_labels is not None:
             on_labels(parts)
-        totals = self._total(sums, votes or [])
+        votes = votes or []
+        busy_s = [0.0] * self.world.layout.num_ranks
+        busy_s[self.world.place.rank] = sum(self.executor.seconds.values())
+        totals = self._total(sums, [*votes, *busy_s])
         return StepResult(
             cross_entropy=totals[0] / count,
             divergence=totals[1] / count,
@@ -134,7 +139,8 @@ class Trainer:
             learning_rate=learning_rate,
             tokens=count,
             seconds=time.perf_counter() - begin,
-            votes=totals[2:],
+            busy_s=totals[2 + len(votes) :],
+            votes=totals[2 : 2 + len(votes)],
         )
 
     def evaluate(self, tokens: np.ndarray) -> float:
