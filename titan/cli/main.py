@@ -69,6 +69,21 @@ def plan(
 
 
 @app.command()
+def simulate(
+    file: Annotated[
+        Path, typer.Argument(help="A simulation; docs/simulate.md lists its settings.", metavar="SIM.toml")
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all figures as JSON.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Write a picture there.", metavar="FILE.png")] = None,
+) -> None:
+    """What failures, slow devices and checkpoints leave of a run on up to 10,000 devices; nothing is trained."""
+    from titan.cli.simulate import show_simulation
+    from titan.config.simulation import load_simulation
+
+    show_simulation(load_simulation(file), Console(), as_json, picture)
+
+
+@app.command()
 def status(folder: RunFolder) -> None:
     """Where a run is, from any terminal, finished or not."""
     from titan.observe.status import print_status, read_status
