@@ -1,18 +1,13 @@
 """What `titan simulate` reads: a fleet, a step, and what goes wrong; every mistake is reported, all at once."""
 
-import difflib
-import json
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from titan.config.sections import check_values, read_values
 from titan.config.settings import Name, Section
 from titan.errors import ConfigError
-
-LONGEST_VALUE = 60
-"""Characters of a wrong value that a message repeats."""
 
 
 class FleetSettings(Section):
@@ -160,25 +155,12 @@ class SimulationConfig(Section):
 
 def load_simulation(path: Path) -> SimulationConfig:
     """Read a simulation's TOML. Raises ConfigError with one line a mistake: setting, value, remedy."""
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}; give the path of a simulation's TOML") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is no TOML: {error}; correct it there") from None
-    return check_simulation(values)
+    return check_simulation(read_values(path, "a simulation's TOML"))
 
 
 def check_simulation(values: dict[str, Any]) -> SimulationConfig:
     """A SimulationConfig of plain values. Raises ConfigError naming every mistake."""
-    try:
-        # JSON mode: strict about numbers and strings, but takes a list for a tuple
-        config = SimulationConfig.model_validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        every = error.errors()
-        inside = {problem["loc"][:-2] for problem in every}  # a list is too short because its one entry is wrong
-        causes = [problem for problem in every if problem["type"] != "too_short" or problem["loc"] not in inside]
-        raise ConfigError("\n".join(_describe(problem) for problem in causes)) from None
+    config = check_values(SimulationConfig, values, "docs/simulate.md")
     mistakes = list(_mistakes(config))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -215,29 +197,4 @@ def _mistakes(config: SimulationConfig) -> list[str]:
     for kind, devices in kinds.items():
         if all_known and used[kind] != devices:
             found.append(f"positions use {used[kind]} {kind}, the fleet has {devices}; make them equal")
-    return found
-
-
-def _describe(problem: Any) -> str:
-    """One pydantic error as setting, value and remedy."""
-    name, given = ".".join(str(part) for part in problem["loc"]), repr(problem["input"])
-    if len(given) > LONGEST_VALUE:
-        given = f"{given[:LONGEST_VALUE]}..."
-    if problem["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(problem["loc"][-1]), _names(SimulationConfig), n=1)
-        return f"{name} is no setting{f'; did you mean {close[0]}?' if close else ''}; docs/simulate.md lists them all"
-    if problem["type"] == "missing":
-        return f"{name} is missing and has no default; add it, docs/simulate.md says what it is"
-    if problem["type"] in ("too_short", "string_too_short"):
-        return f"{name} is {given}; want at least {problem['ctx']['min_length']}"
-    return f"{name} is {given}; want {problem['msg'].removeprefix('Input should be ')}"
-
-
-def _names(section: type[Section]) -> list[str]:
-    """Every setting's last name."""
-    found = list(section.model_fields)
-    for field in section.model_fields.values():
-        for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, Section):
-                found += _names(kind)
     return found

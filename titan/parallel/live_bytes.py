@@ -1,8 +1,8 @@
-"""Counts the bytes of living tensors on a CPU, where no allocator keeps count: for checking what a plan says of memory."""
+"""Counts the bytes of living tensors on a CPU, where no allocator does: for checking what a plan says of memory."""
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class LiveBytes(TorchDispatchMode):
     """Inside `with`, knows every storage that an operation makes, and when it goes. Slow: for measuring only."""
 
-    def __init__(self) -> None:
+    def __init__(self, apart: Iterable[Tensor] = ()) -> None:
+        """apart: tensors made before that are not to be counted when an operation returns a view of them"""
         super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.peak = 0, 0
-        self.known: set[int] = set()
+        self.known = {tensor.untyped_storage()._cdata for tensor in apart}
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor's storage, once."""
@@ -45,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
 
 @contextlib.contextmanager
 def kept_for_backward(parameters: list[Tensor]) -> Iterator[list[int]]:
-    """Bytes that a forward pass inside `with` keeps for its backward pass, parameters not counted; the list's one entry."""
+    """Bytes that a forward pass inside `with` keeps for its backward pass, without parameters: the list's one entry."""
     own = {parameter.untyped_storage()._cdata for parameter in parameters}
     seen: set[int] = set()
     total = [0]

@@ -1,0 +1,140 @@
+"""What a layout takes on a fleet: its step's exact timeline, memory on every rank, and the pace of paced devices."""
+
+from dataclasses import dataclass
+
+from titan.config.planning import TaskSettings
+from titan.errors import ConfigError
+from titan.plan.edges import routes
+from titan.plan.fleet import Fleet
+from titan.plan.layout import Layout, Stage
+from titan.plan.memory import Memory, bytes_per_parameter, position_memory, stage_parameters
+from titan.plan.pace import Pace
+from titan.plan.profile import DTYPE_BYTES, Profile
+from titan.plan.timeline import StageTimes, Timeline, timeline
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What is expected of a layout."""
+
+    layout: Layout
+    kinds: tuple[str, ...]
+    """Kind of device at each position."""
+    times: tuple[StageTimes, ...]
+    timeline: Timeline
+    memory: tuple[Memory, ...]
+    """At each position, on the rank that needs most."""
+    limit_bytes: tuple[float, ...]
+    paces: tuple[Pace, ...]
+    """By rank: what its device takes, and what it is told to take where it is paced."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of an optimizer step."""
+        return self.timeline.step_s
+
+    @property
+    def busy_s(self) -> tuple[float, ...]:
+        """By rank: seconds that its passes of one step take."""
+        number = self.layout.micro_batches
+        return tuple(number * (sum(pace.forward_s) + sum(pace.backward_s)) for pace in self.paces)
+
+    @property
+    def too_large(self) -> list[int]:
+        """Positions whose memory does not suffice."""
+        return [i for i, memory in enumerate(self.memory) if memory.total > self.limit_bytes[i]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A role's task on a fleet, with what its blocks cost there."""
+
+    task: TaskSettings
+    fleet: Fleet
+    profile: Profile
+
+    def kind_of(self, stage: Stage) -> str:
+        """The kind of device of a stage. Raises ConfigError if it is not in the inventory or not told."""
+        known = ", ".join(self.fleet.kinds)
+        if stage.device is None:
+            if len(self.fleet.kinds) == 1:
+                return next(iter(self.fleet.kinds))
+            raise ConfigError(f"stage {stage.index} names no device; give one of {known} (layout.stages.device)")
+        if stage.device not in self.fleet.kinds:
+            raise ConfigError(f"stage {stage.index} wants device {stage.device!r}; the inventory has {known}")
+        return stage.device
+
+    def passes(self, stage: Stage, samples: int) -> tuple[float, float]:
+        """Seconds forward and backward of one micro-batch, of which a replica has `samples`."""
+        kind, layers = self.kind_of(stage), stage.end_layer - stage.first_layer
+        layer = self.profile.block(kind, "layer", stage.tp, samples)
+        forward_s, backward_s = layers * layer.forward_s, layers * layer.backward_s
+        for has, name in ((stage.has_embedding, "embedding"), (stage.has_head, "head")):
+            if has:
+                block = self.profile.block(kind, name, stage.tp, samples)  # type: ignore[arg-type]
+                forward_s += block.forward_s
+                backward_s += block.backward_s
+        return forward_s, backward_s
+
+    def edge_s(self, source: Stage, target: Stage, samples: int, sequence_parallel: bool) -> float:
+        """Seconds until the last part of a micro-batch has crossed an edge; a sender's messages go one by one."""
+        task = self.task
+        network = self.fleet.network(self.kind_of(source), self.kind_of(target))
+        size = task.model.hidden * DTYPE_BYTES[source.precision or task.precision]
+        sent: dict[int, float] = {}
+        for route in routes(source, target, samples, task.sequence_length, sequence_parallel):
+            positions, count = route.region.shape
+            sent[route.source] = sent.get(route.source, 0.0) + positions * count * size
+        return network.seconds(max(sent.values()))
+
+    def tail_s(self, stages: tuple[Stage, ...]) -> float:
+        """Gradient exchange and optimizer of a position.
+
+        A ring moves 2 (d - 1) / d of the gradients over each link; over a node's border it is the island's network.
+        """
+        stage = stages[0]
+        kind, precision = self.kind_of(stage), stage.precision or self.task.precision
+        parameters = sum(stage_parameters(self.task, part) for part in stages)
+        seconds = 0.0
+        if stage.dp > 1:
+            moved = 2 * (stage.dp - 1) / stage.dp * 4 * parameters
+            seconds += self.fleet.network(kind, kind).seconds(moved)
+        state = parameters * bytes_per_parameter(precision, stage.shard)
+        return seconds + state / self.profile.update_bytes_per_s(kind)
+
+    def predict(self, layout: Layout) -> Prediction:
+        """Everything about a layout. Raises ConfigError for what profile or inventory do not know."""
+        samples = self.task.batch_size // layout.micro_batches
+        number = len(layout.positions)
+        times = []
+        for stage in layout.stages:
+            shares = {end - start for start, end in stage.samples(samples)}
+            passes = [self.passes(stage, share) for share in shares]
+            ahead = layout.stages[stage.index + 1] if stage.index + 1 < len(layout.stages) else None
+            behind = layout.stages[stage.index - 1] if stage.index else None
+            cut = layout.sequence_parallel
+            times.append(
+                StageTimes(
+                    forward_s=max(forward for forward, _ in passes),
+                    backward_s=max(backward for _, backward in passes),
+                    to_next_s=self.edge_s(stage, ahead, samples, cut) if ahead else 0.0,
+                    to_previous_s=self.edge_s(stage, behind, samples, cut) if behind else 0.0,
+                )
+            )
+        tails = [self.tail_s(layout.stages[position::number]) for position in range(number)]
+        schedules = [layout.actions(position) for position in range(number)]
+        line = timeline(schedules, layout.chunks, times, tails)
+        kinds = tuple(self.kind_of(stage) for stage in layout.positions)
+        memory = []
+        for position, kind in enumerate(kinds):
+            most = max(end - start for start, end in layout.positions[position].samples(samples))
+            memory.append(position_memory(self.profile, layout, position, kind, most))
+        limits = tuple(self.fleet.kinds[kind].memory_bytes for kind in kinds)
+        paces = tuple(self._pace(layout, rank, samples, tails) for rank in range(layout.num_ranks))
+        return Prediction(layout, kinds, tuple(times), line, tuple(memory), limits, paces)
+
+    def _pace(self, layout: Layout, rank: int, samples: int, tails: list[float]) -> Pace:
+        place = layout.place(rank)
+        start, end = place.stage.samples(samples)[place.replica]
+        passes = [self.passes(stage, end - start) for stage in place.stages]
+        return Pace(tuple(f for f, _ in passes), tuple(b for _, b in passes), tails[place.position])

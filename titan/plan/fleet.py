@@ -1,0 +1,73 @@
+"""The devices of an inventory as the planner sees them: kinds, nodes and networks."""
+
+from dataclasses import dataclass
+
+from titan.config.planning import InventorySettings
+from titan.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All devices of one kind."""
+
+    name: str
+    devices: int
+    devices_per_node: int
+    """Of its smallest node: what every node can hold."""
+    memory_bytes: float
+    island: str
+    paced: bool
+
+
+@dataclass(frozen=True)
+class Network:
+    """How fast bytes travel."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, num_bytes: float) -> float:
+        """From the first byte that leaves to the last one that arrives."""
+        return self.latency_s + num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """An inventory, looked up by kind."""
+
+    kinds: dict[str, Kind]
+    networks: dict[frozenset[str], Network]
+    """By the two islands they join; one island for the network inside it."""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices of all kinds."""
+        return sum(kind.devices for kind in self.kinds.values())
+
+    def network(self, first: str, second: str) -> Network:
+        """Between devices of two kinds (or of one, on different nodes). Raises ConfigError if no link is given."""
+        ends = frozenset(self.kinds[kind].island for kind in (first, second))
+        if ends not in self.networks:
+            between = sorted(ends) * (2 if len(ends) == 1 else 1)
+            raise ConfigError(
+                f"inventory.links has no link between {' and '.join(between)}, which a layout needs; "
+                f"add [[inventory.links]] with between = {between}, gb_per_s"
+            )
+        return self.networks[ends]
+
+
+def make_fleet(inventory: InventorySettings) -> Fleet:
+    """The fleet of a checked inventory."""
+    kinds: dict[str, Kind] = {}
+    for node in inventory.nodes:
+        known = kinds.get(node.kind)
+        kinds[node.kind] = Kind(
+            name=node.kind,
+            devices=node.devices * node.count + (known.devices if known else 0),
+            devices_per_node=min(node.devices, known.devices_per_node if known else node.devices),
+            memory_bytes=node.memory_gb * 1e9,
+            island=node.island or node.kind,
+            paced=node.paced,
+        )
+    networks = {frozenset(link.between): Network(link.latency_s, link.gb_per_s * 1e9) for link in inventory.links}
+    return Fleet(kinds, networks)
