@@ -6,7 +6,7 @@ PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 KERNELS := setup.py $(shell find kernels/csrc -type f)
 
-.PHONY: install quickstart test test-fast lint gpu-smoke prove docs bench bench-kernels clean
+.PHONY: install quickstart test test-fast lint gpu-smoke prove docs bench bench-kernels bench-plan clean
 
 install: $(READY)
 
@@ -48,7 +48,13 @@ docs: $(READY)
 bench-kernels: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.kernels
 
-bench: bench-kernels
+# Predicted against measured steps and memory, what planning gives on unlike devices, and how fast the planner is.
+bench-plan: $(READY)
+	$(BIN)/python -W ignore -m benchmarks.planner
+	$(BIN)/python -W ignore -m benchmarks.prediction
+	$(BIN)/python -W ignore -m benchmarks.mixed_gain
+
+bench: bench-kernels bench-plan
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape small
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape medium
 	$(BIN)/python -W ignore -m benchmarks.ray_overhead

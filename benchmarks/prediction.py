@@ -94,7 +94,6 @@ PACED = {
 }  # fmt: skip
 LARGE = ModelSettings(layers=8, hidden=256, heads=4, kv_heads=2, ffn=704)
 UNPACED = {
-    "one stage": LayoutSettings(micro_batches=4),
     "4 + 4": LayoutSettings(pp=2, layers=(4, 4), micro_batches=4),
     "6 + 2": LayoutSettings(pp=2, layers=(6, 2), micro_batches=4),
     "2 + 6": LayoutSettings(pp=2, layers=(2, 6), micro_batches=4),
@@ -102,6 +101,7 @@ UNPACED = {
     "tp2": LayoutSettings(tp=2, micro_batches=4),
 }
 IN_MEMORY = UNPACED | {
+    "one stage": LayoutSettings(micro_batches=4),
     "dp2 sharded": LayoutSettings(dp=2, shard=2, micro_batches=2),
     "recompute": LayoutSettings(pp=2, micro_batches=4, recompute=True),
     "interleaved": LayoutSettings(pp=2, schedule="interleaved", chunks=2, micro_batches=4),
@@ -147,17 +147,18 @@ def paced_costs() -> Costs:
         for tp, share in ((1, 1.0), (2, 0.55)):
             for block, times in shares:
                 seconds = layer_s * times * share
-                blocks.append(
+                blocks += [
                     BlockSettings(
                         kind=kind,
                         block=block,
                         tp=tp,
-                        samples=1,
-                        forward_s=seconds,
-                        backward_s=2 * seconds,
+                        samples=samples,
+                        forward_s=samples * seconds,
+                        backward_s=samples * 2 * seconds,
                         activation_bytes=0,
                     )
-                )
+                    for samples in (1, BATCH)
+                ]
     shape = ShapeSettings(
         hidden=SMALL.hidden, heads=SMALL.heads, kv_heads=SMALL.num_kv_heads, ffn=SMALL.ffn, vocab_size=VOCAB,
         sequence_length=LENGTH, precision="fp32", blocks=tuple(blocks),
@@ -177,7 +178,7 @@ def paced_costs() -> Costs:
 def cpu_costs() -> Costs:
     """This machine's CPU, measured now."""
     task = TaskSettings(model=LARGE, vocab_size=VOCAB, sequence_length=128, batch_size=8, precision="fp32")
-    shape, update_gb_per_s = measure_shape(CPU, "cpu", task, tensor=(1, 2), samples=(1, 2, 4))
+    shape, update_gb_per_s = measure_shape(CPU, "cpu", task, tensor=(1, 2), samples=(1, 2, 4), together=2)
     nodes = (NodeSettings(name="cpu", kind="cpu", devices=2, memory_gb=8.0),)
     links = (LinkSettings(between=("cpu", "cpu"), gb_per_s=1.0, latency_s=1e-4),)
     devices = (DeviceCostSettings(kind="cpu", update_gb_per_s=update_gb_per_s),)

@@ -267,7 +267,7 @@ CLUSTER = [
         "a device that is not there",
         sets("cluster.device=cuda"),
         ("cluster.device is 'cuda'", "set cluster.device to 'auto' or 'cpu'"),
-        lambda place: place.patch.setattr("titan.cluster.session._may_have_cuda", lambda: False),
+        lambda place: place.patch.setattr("titan.cluster.session._may_have_accelerator", lambda: False),
     ),
 ]
 

@@ -58,14 +58,38 @@ def tokenize(file: RunFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def plan(
-    file: RunFile,
+    file: Annotated[
+        Path, typer.Argument(help="A run.toml, or a plan file (docs/planner.md).", metavar="RUN.toml|PLAN.toml")
+    ],
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON, the content of plan.json.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    layout: Annotated[
+        Path | None, typer.Option(help="Evaluate this layout instead of searching.", metavar="FILE")
+    ] = None,
+    inventory: Annotated[
+        Path | None, typer.Option(help="Devices, instead of those the file names.", metavar="FILE")
+    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Task, instead of the plan file's.", metavar="FILE")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="What devices take, instead of what the file names.", metavar="FILE")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="Write the timeline there.", metavar="FILE.png")] = None,
 ) -> None:
-    """Who would compute what, and on which machine, without training."""
-    from titan.cli.plan import show_plan
+    """Who would compute what, on which devices, and how long a step would take; nothing is trained."""
+    from titan.cli.plan import is_plan_file, show_plan
 
-    show_plan(load_config(file, overrides or []), Console(), as_json)
+    if is_plan_file(file):
+        from titan.cli.plan_file import show_plan_file
+
+        if overrides:
+            raise ConfigError(f"--set {overrides[0]}: {file} is a plan file, not a run.toml; change it there")
+        show_plan_file(file, Console(), as_json, layout, inventory, model, profile, picture)
+        return
+    for name, value in (("layout", layout), ("model", model)):
+        if value is not None:
+            raise ConfigError(f"--{name} {value}: a run.toml says this itself; change it there or with --set")
+    sets = [f"cluster.{name}={path}" for name, path in (("inventory", inventory), ("profile", profile)) if path]
+    show_plan(load_config(file, [*(overrides or []), *sets]), Console(), as_json, picture)
 
 
 @app.command()
@@ -119,10 +143,35 @@ def export(
 @app.command()
 def doctor(
     ray: Annotated[bool, typer.Option("--ray", help="Also start a local Ray and stop it; some seconds more.")] = False,
+    profile: Annotated[
+        Path | None, typer.Option(help="Measure the models of --run on this device; write there.", metavar="OUT.json")
+    ] = None,
+    run: Annotated[Path | None, typer.Option(help="With --profile: whose models.", metavar="RUN.toml")] = None,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Correct the profile by what this run's steps took.", metavar="RUN")
+    ] = None,
+    kind: Annotated[str | None, typer.Option(help="With --profile: what to call this kind of device.")] = None,
+    tensor: Annotated[list[int] | None, typer.Option(help="With --profile: a tensor degree; give several.")] = None,
+    samples: Annotated[list[int] | None, typer.Option(help="With --profile: a micro-batch; give several.")] = None,
 ) -> None:
     """What this machine can do, which back ends are chosen, and why; exit code 1 if a run cannot start."""
     from titan.cli.doctor import print_findings
 
+    if calibrate is not None:
+        if profile is None:
+            raise ConfigError(f"--calibrate {calibrate}: needs --profile, the file to correct")
+        from titan.cli.measure import calibrate_profile
+
+        calibrate_profile(calibrate, profile, Console())
+        return
+    if profile is not None:
+        if run is None:
+            raise ConfigError(f"--profile {profile}: needs --run RUN.toml, which names the models to measure")
+        warnings.simplefilter("ignore")  # of megatron-core, on import, about what `titan doctor` says better
+        from titan.cli.measure import write_profile
+
+        write_profile(load_config(run), profile, Console(), kind, tensor or [1], samples or [1, 2, 4, 8])
+        return
     if not print_findings(Console(), try_ray=ray):
         raise typer.Exit(1)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import tomllib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,10 +11,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from titan.cluster.planning import plan_picture, plan_run
 from titan.cluster.preflight import check_start
 from titan.cluster.session import discover, local_inventory, ray_session
 from titan.config.settings import TEACHER, ModelSettings, RunConfig
 from titan.data.tokenizer import Tokenizer
+from titan.errors import ConfigError
 from titan.plan.inventory import Inventory, check_fits, likely_nodes, plan_json
 from titan.plan.layout import Layout, Stage, role_layouts
 
@@ -21,17 +24,38 @@ PLAIN_WIDTH = 160
 """Columns where there is no terminal."""
 
 
-def show_plan(config: RunConfig, console: Console, as_json: bool) -> None:
+def is_plan_file(path: Path) -> bool:
+    """Whether a file is a plan file rather than a run.toml; what cannot be read is left to whoever reads it."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return "run" not in values and "task" in values
+
+
+def show_plan(config: RunConfig, console: Console, as_json: bool, picture: Path | None = None) -> None:
     """Print the plan of a run. Raises ConfigError or PlatformError if it cannot start."""
     check_start(config)
+    planned = plan_run(config, _vocab_size(config))
+    config = planned.config
     layouts, inventory = role_layouts(config), _inventory(config)
     check_fits(layouts, inventory, config.cluster.cpu_ranks_per_core)
+    if picture is not None:
+        if TEACHER not in planned.predictions:
+            why = planned.unknown.get(TEACHER, "cluster.inventory and cluster.profile are absent")
+            raise ConfigError(f"--picture {picture}: there is no timeline of the teacher: {why}")
+        picture.write_bytes(plan_picture(config.run.name, planned.predictions[TEACHER]))
     if as_json:
-        print(json.dumps(plan_json(layouts, inventory), indent=1))
+        predictions = {role: found.to_json() for role, found in planned.predictions.items()}
+        print(json.dumps(plan_json(layouts, inventory) | {"predictions": predictions}, indent=1))
         return
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     console.print(_table(config, layouts, inventory))
+    for role, found in planned.predictions.items():
+        console.print(f"{role}: {found.step_s:.3g} s a step, as predicted", highlight=False, soft_wrap=True)
+    for role, why in planned.unknown.items():
+        console.print(f"{role}: no prediction, {why}", highlight=False, soft_wrap=True)
     total = sum(layout.num_ranks for layout in layouts.values())
     room = ", ".join(f"{node.name} ({node.device}) has room for {node.slots}" for node in inventory.nodes)
     console.print(f"{total} ranks; {room}", highlight=False, soft_wrap=True)
@@ -44,12 +68,16 @@ def _inventory(config: RunConfig) -> Inventory:
         return discover(config.cluster)
 
 
+def _vocab_size(config: RunConfig) -> int:
+    if config.data.tokenizer is not None:
+        return Tokenizer(Path(config.data.tokenizer)).vocab_size
+    return config.data.vocab_size
+
+
 def _table(config: RunConfig, layouts: Mapping[str, Layout], inventory: Inventory) -> Table:
     nodes = likely_nodes(layouts, inventory)
     models = {TEACHER: config.teacher.model} | {student.name: student.model for student in config.students}
-    vocab_size = config.data.vocab_size
-    if config.data.tokenizer is not None:
-        vocab_size = Tokenizer(Path(config.data.tokenizer)).vocab_size
+    vocab_size = _vocab_size(config)
     table = Table(title=f"plan of {config.run.name}", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("role", "stage", "layers", "tp", "dp", "ranks", "params/rank", "node"):
         table.add_column(column, justify="left" if column in ("role", "layers", "node") else "right")

@@ -15,6 +15,7 @@ from rich.console import Console
 
 import titan
 from titan.checkpoint.folder import newest_step, remove_partial
+from titan.cluster.planning import Planned, plan_run
 from titan.cluster.preflight import check_checkpoints, check_labels, check_start, forbidden_changes
 from titan.cluster.results import final_results, results_so_far
 from titan.cluster.session import ray_session
@@ -53,13 +54,18 @@ def run_folder(config: RunConfig) -> Path:
 class Launch:
     """What a run has when its ranks are to start."""
 
-    config: RunConfig
+    planned: Planned
     folder: Path
     corpus: Corpus
     resumed: Mapping[str, int]
     """Step each role goes on from."""
     display: LiveDisplay
     begin_s: float
+
+    @property
+    def config(self) -> RunConfig:
+        """What was asked for, with all layouts known."""
+        return self.planned.config
 
     @property
     def wall_s(self) -> float:
@@ -83,11 +89,13 @@ def new_run(config: RunConfig, overwrite: bool, console: Console) -> Path:
     with _hold(folder, make=True), _display(config, console) as display:
         _check_vacant(folder, overwrite)
         corpus = prepare_data(config, display)
+        planned = _plan(config, corpus, display)
+        config = planned.config
         with _disk_errors(folder):
             for entry in folder.iterdir() if overwrite else ():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             write_whole(folder / "config.toml", dump_config(config).encode())
-        return _execute(Launch(config, folder, corpus, dict.fromkeys(role_names(config), 0), display, begin_s))
+        return _execute(Launch(planned, folder, corpus, dict.fromkeys(role_names(config), 0), display, begin_s))
 
 
 def resume_run(folder: Path, overrides: list[str], console: Console) -> Path:
@@ -109,7 +117,15 @@ def resume_run(folder: Path, overrides: list[str], console: Console) -> Path:
         with _display(config, console) as display:
             corpus = _known_corpus(config, folder, display) or prepare_data(config, display)
             check_checkpoints(config, folder, resumed, corpus)
-            return _execute(Launch(config, folder, corpus, resumed, display, begin_s))
+            planned = _plan(config, corpus, display)
+            return _execute(Launch(planned, folder, corpus, resumed, display, begin_s))
+
+
+def _plan(config: RunConfig, corpus: Corpus, display: LiveDisplay) -> Planned:
+    if config.cluster.inventory is not None:
+        display.phase("planning")
+        display.refresh()
+    return plan_run(config, corpus.vocab_size)
 
 
 def cache_folder(config: RunConfig) -> Path:
@@ -199,7 +215,7 @@ def _train(launch: Launch, events: EventLog) -> Outcome:
         events.emit("resumed", steps=dict(launch.resumed))
     display.phase("starting Ray")
     with MetricsLog(launch.folder) as metrics, ray_session(config.cluster):
-        supervisor = Supervisor(config, launch.folder, corpus.folder, events, metrics, display, launch.resumed)
+        supervisor = Supervisor(launch.planned, launch.folder, corpus.folder, events, metrics, display, launch.resumed)
         outcome = supervisor.run()
     display.phase("")
     return outcome

@@ -15,16 +15,20 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError, RayT
 from ray.util.placement_group import PlacementGroup, placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from titan.cluster.planning import Planned, plan_picture
 from titan.cluster.rank_actor import RankActor, RankError
+from titan.cluster.replan import replan_gain
 from titan.cluster.session import ACCELERATORS, discover
-from titan.config.settings import RunConfig
+from titan.config.settings import TEACHER, RunConfig
 from titan.distill.rank import RankSpec, RoleReport
-from titan.errors import PlatformError, WorkerError
+from titan.errors import ConfigError, PlatformError, WorkerError
 from titan.observe.events import EventLog
+from titan.observe.files import write_whole
 from titan.observe.live import LiveDisplay
 from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric
+from titan.observe.planned import PICTURE_FILE, PLAN_FILE
 from titan.plan.inventory import check_fits, plan_json
-from titan.plan.layout import Layout, role_layouts
+from titan.plan.layout import Layout, Stage, role_layouts
 
 POLL_S = 0.25
 RESULT_TIMEOUT_S = 30.0
@@ -56,7 +60,7 @@ class Supervisor:
 
     def __init__(
         self,
-        config: RunConfig,
+        planned: Planned,
         run_folder: Path,
         corpus_folder: Path,
         events: EventLog,
@@ -65,7 +69,8 @@ class Supervisor:
         resumed: Mapping[str, int],
     ):
         """resumed: step of the checkpoint each role goes on from."""
-        self.config, self.run_folder, self.corpus_folder = config, run_folder, corpus_folder
+        self.planned, self.config = planned, planned.config
+        self.run_folder, self.corpus_folder = run_folder, corpus_folder
         self.events, self.metrics, self.display = events, metrics, display
         self.last_step = dict(resumed)
         self.state = State.PLAN
@@ -103,8 +108,15 @@ class Supervisor:
         inventory = discover(config.cluster)
         check_fits(layouts, inventory, config.cluster.cpu_ranks_per_core)
         plan = plan_json(layouts, inventory)
-        (self.run_folder / "plan.json").write_text(json.dumps(plan, indent=1))
+        plan["predictions"] = {role: found.to_json() for role, found in self.planned.predictions.items()}
+        (self.run_folder / PLAN_FILE).write_text(json.dumps(plan, indent=1))
+        if TEACHER in self.planned.predictions:
+            write_whole(self.run_folder / PICTURE_FILE, plan_picture(TEACHER, self.planned.predictions[TEACHER]))
         self.events.emit("plan", ranks=plan["num_ranks"], slots=inventory.slots, nodes=len(inventory.nodes))
+        for role, found in self.planned.predictions.items():
+            self.events.emit("predicted", role=role, step_s=round(found.step_s, 4), devices=list(found.kinds))
+        for role, why in self.planned.unknown.items():
+            self.events.emit("not_predicted", role=role, why=why)
         return layouts
 
     # --- SPAWN ---
@@ -115,12 +127,12 @@ class Supervisor:
         begin = time.monotonic()
         deadline = begin + self.config.cluster.start_timeout_s
         total = sum(layout.num_ranks for layout in layouts.values())
-        groups = {role: _reserve(layout, self.config) for role, layout in layouts.items()}
+        groups = {role: _reserve(layout, self.config, self.planned.paced) for role, layout in layouts.items()}
         ready = [group.ready() for role_groups in groups.values() for group in role_groups]
         self._wait(ready, deadline, f"room for {total} ranks in the Ray cluster", "is another job using it?")
         for role, layout in layouts.items():
             self.actors[role] = [
-                _start_actor(RankSpec(self.config, role, rank, self.run_folder, self.corpus_folder), group, layout)
+                _start_actor(self._spec(role, rank, layout), group, layout)
                 for rank, group in _rank_groups(layout, groups[role])
             ]
         building = [actor.build.remote() for actors in self.actors.values() for actor in actors]
@@ -133,6 +145,19 @@ class Supervisor:
             joining += [actor.join.remote(*address) for actor in actors]
         up = self._wait(joining, deadline, f"{total} ranks to join their worlds", "see Ray's logs in /tmp/ray")
         self.events.emit("ranks_up", seconds=round(time.monotonic() - begin, 2), ranks=len(up))
+
+    def _spec(self, role: str, rank: int, layout: Layout) -> RankSpec:
+        found = self.planned.predictions.get(role)
+        paced = layout.place(rank).stage.device in self.planned.paced
+        return RankSpec(
+            self.config,
+            role,
+            rank,
+            self.run_folder,
+            self.corpus_folder,
+            pace=found.paces[rank] if found is not None and paced else None,
+            expected_busy_s=found.busy_s if found is not None else (),
+        )
 
     def _wait(self, refs: Sequence[Any], deadline: float, what: str, hint: str, show_count: bool = False) -> list[Any]:
         """Results of all refs, or an error that says what did not come."""
@@ -221,7 +246,17 @@ class Supervisor:
                 self.display.update(item)
                 self.last_step[role] = max(self.last_step.get(role, 0), item.step)
             else:
-                self.events.emit(item.pop("event"), **item)
+                self.events.emit(item.pop("event"), **item, **self._offer(item))
+
+    def _offer(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """What a new plan would gain, for a straggler that was named; nothing for any other event."""
+        role = item.get("role", "")
+        if "factor" not in item or role not in self.planned.predictions:
+            return {}
+        gain = replan_gain(
+            self.planned.costs[role], self.planned.predictions[role], item["rank"], float(item["factor"])
+        )
+        return {} if gain is None else {"replan_gain": round(gain, 3)}
 
     # --- LOST ---
 
@@ -259,15 +294,32 @@ class Supervisor:
         return f"a rank died: {str(error).splitlines()[0]}"
 
 
-def _reserve(layout: Layout, config: RunConfig) -> list[PlacementGroup]:
-    """One placement group a tensor-parallel group; its bundles stay on one node."""
+def _reserve(layout: Layout, config: RunConfig, paced: frozenset[str]) -> list[PlacementGroup]:
+    """One placement group a tensor-parallel group; its bundles stay on one node.
+
+    A stage of a named kind of device goes where Ray knows that kind: `ray start --resources='{"KIND": N}'`. Kinds that
+    are paced, and a local Ray that knows no kinds, take any slot.
+    """
     bundle = {"CPU": 1.0 / config.cluster.cpu_ranks_per_core}
+    resources = ray.cluster_resources()
     for kind, name in ACCELERATORS.items():
-        if config.cluster.device in ("auto", kind) and ray.cluster_resources().get(name):
+        if config.cluster.device in ("auto", kind) and resources.get(name):
             bundle = {"CPU": 1.0, name: 1.0}
             break
+
+    def bundle_of(stage: Stage) -> dict[str, float]:
+        if stage.device is None or stage.device in paced or config.cluster.address is None:
+            return bundle
+        wanted = sum(len(one.ranks) for one in layout.positions if one.device == stage.device)
+        if resources.get(stage.device, 0) < wanted:
+            raise ConfigError(
+                f"layout wants {wanted} devices of kind {stage.device!r}, the Ray cluster offers "
+                f"{resources.get(stage.device, 0):g}; start its nodes with --resources='{{\"{stage.device}\": N}}'"
+            )
+        return bundle | {stage.device: 1.0}
+
     return [
-        placement_group([bundle] * stage.tp, strategy="STRICT_PACK")
+        placement_group([bundle_of(stage)] * stage.tp, strategy="STRICT_PACK")
         for stage in layout.positions
         for _ in range(stage.dp)
     ]

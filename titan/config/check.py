@@ -26,6 +26,7 @@ def find_mistakes(config: RunConfig) -> list[str]:
     mistakes += _student_mistakes(config)
     mistakes += _label_mistakes(config)
     mistakes += _place_mistakes(config)
+    mistakes += _plan_mistakes(config)
     return mistakes
 
 
@@ -77,9 +78,27 @@ def _label_mistakes(config: RunConfig) -> Iterator[str]:
         )
 
 
+def _plan_mistakes(config: RunConfig) -> Iterator[str]:
+    """What planning needs."""
+    cluster = config.cluster
+    layouts = [("teacher", config.teacher.layout), *((f"students.{s.name}", s.layout) for s in config.students)]
+    for name, layout in layouts:
+        if layout.planned and (cluster.inventory is None or cluster.profile is None):
+            missing = "inventory" if cluster.inventory is None else "profile"
+            yield f"{name}.layout.planned needs cluster.{missing}, which is absent; give the path of one"
+    if cluster.profile is not None and cluster.inventory is None:
+        yield f"cluster.profile is {cluster.profile!r}, but cluster.inventory is absent; give both or neither"
+
+
 def _place_mistakes(config: RunConfig) -> Iterator[str]:
     """Paths and addresses."""
-    paths = (("run.dir", config.run.dir), ("data.cache", config.data.cache), ("data.tokenizer", config.data.tokenizer))
+    paths = (
+        ("run.dir", config.run.dir),
+        ("data.cache", config.data.cache),
+        ("data.tokenizer", config.data.tokenizer),
+        ("cluster.inventory", config.cluster.inventory),
+        ("cluster.profile", config.cluster.profile),
+    )
     for name, path in paths:
         if path is not None and "\0" in path:
             yield f"{name} is {path!r}; a path has no NUL character, take it out"

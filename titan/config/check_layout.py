@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from titan.config.settings import (
     VOCAB_MULTIPLE,
     DataSettings,
     LayoutSettings,
     ModelSettings,
+    Precision,
     StageSettings,
     StudentSettings,
     TeacherSettings,
@@ -19,19 +21,50 @@ ALIKE = ("tp", "pp", "dp", "layers", "shard")
 
 def layout_mistakes(name: str, role: TeacherSettings | StudentSettings, data: DataSettings) -> Iterator[str]:
     """Everything wrong with the layout of a role; name: dotted, as in run.toml."""
-    model, layout = role.model, role.layout
+    layout = role.layout
+    if layout.planned:
+        yield from _planned_mistakes(name, layout)
+        return
+    batch = Batch(data.batch_size, data.sequence_length)
+    yield from stage_mistakes(name, layout, role.model, batch, role.precision)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step holds."""
+
+    samples: int
+    length: int
+
+
+def stage_mistakes(
+    name: str, layout: LayoutSettings, model: ModelSettings, batch: Batch, precision: Precision
+) -> Iterator[str]:
+    """Everything wrong with stages that are given, for a model and its batch."""
     if layout.stages is None:
         yield from _alike_mistakes(name, model, layout)
         tp_at = [(name, layout.tp, layout.dp, layout.shard)]
     else:
-        yield from _stages_mistakes(name, role, layout.stages)
+        yield from _stages_mistakes(name, layout, layout.stages, model, precision)
         tp_at = [(f"{name}.stages.{i}", stage.tp, stage.dp, stage.shard) for i, stage in enumerate(layout.stages)]
     for where, tp, dp, shard in tp_at:
-        yield from _degree_mistakes(where, model, data, tp, layout.sequence_parallel)
+        yield from _degree_mistakes(where, model, batch, tp, layout.sequence_parallel)
         if shard not in (1, dp):
             yield f"{where}.shard is {shard}; use 1 or dp ({dp})"
     yield from _schedule_mistakes(name, layout)
-    yield from _batch_mistakes(name, layout, data)
+    yield from _batch_mistakes(name, layout, batch)
+
+
+def _planned_mistakes(name: str, layout: LayoutSettings) -> Iterator[str]:
+    for key in (*ALIKE, "stages", "schedule", "chunks"):
+        if _is_told(layout, key):
+            yield f"{name}.{key} is {getattr(layout, key)} beside planned, which chooses it; leave one of them out"
+            break
+
+
+def _is_told(layout: LayoutSettings, key: str) -> bool:
+    """Whether a setting says something; a run's own config.toml has all defaults written out."""
+    return bool(getattr(layout, key) != LayoutSettings.model_fields[key].default)
 
 
 def _alike_mistakes(name: str, model: ModelSettings, layout: LayoutSettings) -> Iterator[str]:
@@ -51,11 +84,10 @@ def _alike_mistakes(name: str, model: ModelSettings, layout: LayoutSettings) -> 
 
 
 def _stages_mistakes(
-    name: str, role: TeacherSettings | StudentSettings, stages: tuple[StageSettings, ...]
+    name: str, layout: LayoutSettings, stages: tuple[StageSettings, ...], model: ModelSettings, precision: Precision
 ) -> Iterator[str]:
-    layout = role.layout
     for key in ALIKE:
-        if key in layout.model_fields_set:
+        if _is_told(layout, key):
             yield f"{name}.{key} is {getattr(layout, key)} beside stages, which say it themselves; leave it out"
             break
     total = 0
@@ -71,9 +103,9 @@ def _stages_mistakes(
             yield f"{here}.islands adds up to {sum(stage.islands)}, dp is {stage.dp}; count every replica once"
         elif stage.islands is not None and len(stage.islands) > 1 and stage.shard > 1:
             yield f"{here}.shard is {stage.shard}; optimizer state is not shared between islands, use 1"
-    if total != role.model.layers:
-        yield f"{name}.stages have {total} layers, the model has {role.model.layers}; make them equal"
-    kinds = {stage.precision or role.precision for stage in stages}
+    if total != model.layers:
+        yield f"{name}.stages have {total} layers, the model has {model.layers}; make them equal"
+    kinds = {stage.precision or precision for stage in stages}
     if "fp16" in kinds and len(kinds) > 1:
         yield (
             f"{name}.stages mix fp16 with {', '.join(sorted(kinds - {'fp16'}))}; fp16 scales the loss for all stages, "
@@ -81,9 +113,7 @@ def _stages_mistakes(
         )
 
 
-def _degree_mistakes(
-    where: str, model: ModelSettings, data: DataSettings, tp: int, sequence_parallel: bool
-) -> Iterator[str]:
+def _degree_mistakes(where: str, model: ModelSettings, batch: Batch, tp: int, sequence_parallel: bool) -> Iterator[str]:
     cut = {"kv_heads": model.num_kv_heads, "ffn": model.ffn, "hidden": model.hidden}
     whole = math.gcd(VOCAB_MULTIPLE, *cut.values())
     if whole % tp:
@@ -92,11 +122,11 @@ def _degree_mistakes(
             f"{', '.join(f'{what} ({value})' for what, value in cut.items())} and {VOCAB_MULTIPLE}, "
             f"so at most {whole}"
         )
-    if sequence_parallel and data.sequence_length % tp:
+    if sequence_parallel and batch.length % tp:
         setting = f"{where.partition('.layout')[0]}.layout.sequence_parallel"
         yield (
-            f"{setting} needs data.sequence_length ({data.sequence_length}) to be a multiple "
-            f"of tp ({tp}); use {data.sequence_length // tp * tp}"
+            f"{setting} needs data.sequence_length ({batch.length}) to be a multiple "
+            f"of tp ({tp}); use {batch.length // tp * tp}"
         )
 
 
@@ -118,8 +148,8 @@ def _schedule_mistakes(name: str, layout: LayoutSettings) -> Iterator[str]:
         )
 
 
-def _batch_mistakes(name: str, layout: LayoutSettings, data: DataSettings) -> Iterator[str]:
-    batch, number = data.batch_size, layout.num_micro_batches
+def _batch_mistakes(name: str, layout: LayoutSettings, whole: Batch) -> Iterator[str]:
+    batch, number = whole.samples, layout.num_micro_batches
     if batch % number:
         yield (
             f"{name}.micro_batches is {number}, which does not divide data.batch_size ({batch}); "

@@ -130,6 +130,8 @@ class ProfileSettings(Section):
     """Measurements."""
     peaks: tuple[PeakSettings, ...] = ()
     """For what was not measured."""
+    links: tuple[LinkSettings, ...] = ()
+    """Networks as measured, by islands; a link that the inventory gives counts more."""
 
 
 class TaskSettings(Section):

@@ -141,6 +141,9 @@ class LayoutSettings(Section):
     """Ranks that share optimizer state: 1 (none) or `dp`."""
     stages: Annotated[tuple[StageSettings, ...], Field(min_length=1)] | None = None
     """Stages one by one, where they are unlike; `tp`, `pp`, `dp`, `layers` and `shard` are then left out."""
+    planned: bool = False
+    """Let titan choose stages and micro-batches, for the devices of `cluster.inventory` by what `cluster.profile` says
+    of them; what describes stages is then left out."""
     micro_batches: PositiveInt | None = None
     """Micro-batches in a step; each is split over `dp`. The default is `2 * pp`, or 1 without a pipeline."""
     schedule: Literal["1f1b", "interleaved"] = "1f1b"
@@ -290,6 +293,10 @@ class ClusterSettings(Section):
     """CPU ranks that may share a core of a machine without accelerators."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """Kind of device that ranks use; `auto` takes CUDA where torch sees it, then Ascend NPUs where torch_npu does."""
+    inventory: str | None = None
+    """File that lists the kinds of devices there are (docs/planner.md); absent, what Ray finds is all of one kind."""
+    profile: str | None = None
+    """File that says what the devices of the inventory take."""
     start_timeout_s: PositiveFloat = 300.0
     """Longest wait for all ranks to be up."""
     step_timeout_s: PositiveFloat = 300.0

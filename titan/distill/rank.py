@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from titan.config.settings import TEACHER, RunConfig, StudentSettings, TeacherSettings
+from titan.plan.pace import Pace
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,10 @@ class RankSpec:
     rank: int
     run_folder: Path
     corpus_folder: Path
+    pace: Pace | None = None
+    """On a paced device: the time its passes take."""
+    expected_busy_s: tuple[float, ...] = ()
+    """By rank of the role: seconds its passes of a step should take; empty where nothing is known."""
 
     @property
     def settings(self) -> TeacherSettings | StudentSettings:

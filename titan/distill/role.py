@@ -24,6 +24,7 @@ from titan.ops.choose import choices
 from titan.parallel.host_transport import own_address
 from titan.parallel.world import join_world
 from titan.plan.layout import make_layout
+from titan.plan.straggler import MeasuredSteps, StragglerWatch
 from titan.platform.device import Platform
 from titan.train.restore import restore_trainer, trainer_pieces, trainer_state
 from titan.train.trainer import StepResult, Trainer, TrainerSettings
@@ -42,6 +43,8 @@ class RoleRank(ABC):
         self.news: queue.SimpleQueue[StepMetric | EvalMetric | dict[str, Any]] = queue.SimpleQueue()
         self.store: TCPStore | None = None
         self.train_seconds, self.tokens_here = 0.0, 0
+        self.stragglers = StragglerWatch(spec.expected_busy_s)
+        self.measured = MeasuredSteps(self.layout)
 
     # --- joining ---
 
@@ -75,6 +78,7 @@ class RoleRank(ABC):
                 batch_size=data.batch_size,
                 seed=config.run.seed,
             ),
+            spec.pace,
         )
         self.checkpoints = CheckpointWriter(
             spec.checkpoint_folder,
@@ -110,6 +114,8 @@ class RoleRank(ABC):
     def save_checkpoint(self) -> None:
         """Start writing a checkpoint of the step just made."""
         begin = time.perf_counter()
+        if self.measured.num_steps:
+            self.tell_event("measured", step=self.step, **self.measured.take())
         settings = self.spec.settings
         manifest = {
             "role": self.spec.role,
@@ -155,6 +161,15 @@ class RoleRank(ABC):
     def steps_made(self) -> int:
         """Optimizer steps of this role since its beginning."""
         return self.step
+
+    def watch_pace(self, result: StepResult) -> None:
+        """Keep what a step took beside what was expected, and name ranks that are slower than their kind."""
+        self.measured.add(result.seconds, result.busy_s)
+        if not self.spec.expected_busy_s:
+            return
+        for slow in self.stragglers.look(result.busy_s):
+            device, factor = self.layout.place(slow.rank).stage.device, round(slow.factor, 3)
+            self.tell_event("straggler", rank=slow.rank, device=device, factor=factor, step=self.step)
 
     def stop_vote(self) -> list[float]:
         """The lead's wish to stop, passed along with every step's sums so that all ranks stop after the same one."""

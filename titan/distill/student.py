@@ -125,6 +125,7 @@ class StudentRank(RoleRank):
             labels=labels,
             votes=self.stop_vote(),
         )
+        self.watch_pace(result)
         self.tracker.add(commit.cross_entropy, result.cross_entropy)
         loss = (1 - weight) * result.cross_entropy + weight * temperature**2 * result.divergence
         self.tell(

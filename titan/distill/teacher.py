@@ -38,6 +38,7 @@ class TeacherRank(RoleRank):
             )
             self._commit(len(batch.tokens), result.cross_entropy)
             self.train_seconds += time.perf_counter() - begin
+            self.watch_pace(result)
             self.tell(self.step_metric(result, result.cross_entropy))
             stopped = result.votes[0] > 0
             every = config.eval.every_steps

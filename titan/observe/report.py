@@ -12,6 +12,7 @@ from titan.observe import figure, words
 from titan.observe.events import event_text, event_time_s, read_events
 from titan.observe.files import Record, read_config, read_json, write_whole
 from titan.observe.metrics import Metric, StepMetric, read_metrics
+from titan.observe.planned import PICTURE_FILE, Promise, promises
 from titan.observe.progress import role_names
 from titan.observe.status import last_sign_of_life_s, longest_step_s, run_state, since_last_start
 from titan.observe.summary import FILE as SUMMARY
@@ -37,6 +38,9 @@ class Report:
     """report.png in base64."""
     roles: Sequence[Record]
     students: Sequence[Record]
+    promises: Sequence[Promise]
+    plan_picture: str
+    """plan.png in base64; empty where nothing was predicted."""
     facts: Sequence[tuple[str, str]]
     events: Sequence[tuple[str, str]]
     num_events: int
@@ -68,6 +72,8 @@ def write_report(folder: Path) -> Path:
         picture=base64.b64encode(picture).decode(),
         roles=_role_records(config, metrics, summary),
         students=_student_records(config, metrics, summary),
+        promises=promises(folder, this_part, metrics),
+        plan_picture=_picture(folder / PICTURE_FILE),
         facts=_facts(config, summary, this_part),
         events=[(_clock(event), _said(event)) for event in events[-MOST_EVENTS:]],
         num_events=len(events),
@@ -76,6 +82,10 @@ def write_report(folder: Path) -> Path:
     path = folder / "report.html"
     write_whole(path, render(report).encode())
     return path
+
+
+def _picture(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode() if path.is_file() else ""
 
 
 def render(report: Report) -> str:
@@ -194,6 +204,8 @@ def _shape(model: ModelSettings) -> str:
 
 
 def _layout(layout: LayoutSettings) -> str:
+    if layout.stages is not None:
+        return f"{words.plural(layout.ranks, 'rank')}: {words.plural(len(layout.stages), 'unlike stage')}"
     degrees = [f"{name} {getattr(layout, name)}" for name in ("tp", "pp", "dp") if getattr(layout, name) > 1]
     return f"{words.plural(layout.ranks, 'rank')}" + (f": {', '.join(degrees)}" if degrees else "")
 

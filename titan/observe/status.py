@@ -15,6 +15,7 @@ from titan.observe import words
 from titan.observe.events import event_time_s, read_events
 from titan.observe.files import Record, read_config, require_run_folder
 from titan.observe.metrics import Metric, StepMetric, read_metrics
+from titan.observe.planned import Promise, promises
 from titan.observe.progress import QUIET_S, RoleProgress, plain_lines, progress_table, role_names, waits
 
 State = Literal["not started", "running", "quiet", "finished", "stopped", "failed"]
@@ -41,6 +42,10 @@ class RunStatus:
     """The last failure of a rank, or else of the driver, as one line; empty if there was none since the last start."""
     checkpoints: dict[str, int]
     """Newest checkpoint of each role that has one: its step."""
+    promises: tuple[Promise, ...] = ()
+    """Predicted beside measured steps, where there was a prediction."""
+    stragglers: tuple[str, ...] = ()
+    """Ranks that are slower than their kind of device should be, one line each."""
 
 
 def read_status(folder: Path) -> RunStatus:
@@ -71,6 +76,8 @@ def read_status(folder: Path) -> RunStatus:
             for event in events
             if event["event"] == "checkpoint" and "role" in event and "step" in event
         },
+        promises=tuple(promises(folder, this_part, metrics)),
+        stragglers=tuple(straggler_text(event) for event in this_part if event["event"] == "straggler"),
     )
 
 
@@ -89,6 +96,8 @@ def print_status(status: RunStatus, console: Console) -> None:
     if status.checkpoints:
         newest = ", ".join(f"{role} {step}" for role, step in status.checkpoints.items())
         console.print(f"newest checkpoints: {newest}", markup=False, highlight=False, soft_wrap=True)
+    for line in (*(promise.sentence for promise in status.promises), *status.stragglers):
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
     if status.last_error:
         console.print(f"last error: {status.last_error}", markup=False, emoji=False, highlight=False, soft_wrap=True)
 
@@ -155,6 +164,16 @@ def role_rows(config: RunConfig, metrics: Sequence[Metric]) -> list[RoleProgress
         if metric.role in rows:
             rows[metric.role].add(metric)
     return list(rows.values())
+
+
+def straggler_text(event: Record) -> str:
+    """A `straggler` event as one line."""
+    device = f" ({event['device']})" if event.get("device") else ""
+    offer = ""
+    if event.get("replan_gain"):
+        offer = f"; a new plan without it would be {float(event['replan_gain']) - 1:.0%} faster: titan resume"
+    times = f"{float(event.get('factor', 0)):.2f} times what its kind should, since about step {event.get('step')}"
+    return f"straggler: {event.get('role')} rank {event.get('rank')}{device} takes {times}{offer}"
 
 
 def failure_text(event: Record) -> str:

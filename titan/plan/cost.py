@@ -1,10 +1,11 @@
 """What a layout takes on a fleet: its step's exact timeline, memory on every rank, and the pace of paced devices."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from titan.config.planning import TaskSettings
 from titan.errors import ConfigError
-from titan.plan.edges import routes
 from titan.plan.fleet import Fleet
 from titan.plan.layout import Layout, Stage
 from titan.plan.memory import Memory, bytes_per_parameter, position_memory, stage_parameters
@@ -44,6 +45,26 @@ class Prediction:
         """Positions whose memory does not suffice."""
         return [i for i, memory in enumerate(self.memory) if memory.total > self.limit_bytes[i]]
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for plan.json and `titan plan --json`."""
+        line = self.timeline
+        positions = []
+        for index, (stage, kind) in enumerate(zip(self.layout.positions, self.kinds, strict=True)):
+            layers = sum(one.end_layer - one.first_layer for one in self.layout.stages[index :: len(self.kinds)])
+            positions.append(
+                {
+                    "device": kind,
+                    "tp": stage.tp,
+                    "dp": stage.dp,
+                    "layers": layers,
+                    "busy_s": line.busy_s[index],
+                    "idle_share": line.idle_shares[index],
+                    "memory_bytes": self.memory[index].total,
+                    "limit_bytes": self.limit_bytes[index],
+                }
+            )
+        return {"step_s": self.step_s, "positions": positions}
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -77,15 +98,12 @@ class Costs:
         return forward_s, backward_s
 
     def edge_s(self, source: Stage, target: Stage, samples: int, sequence_parallel: bool) -> float:
-        """Seconds until the last part of a micro-batch has crossed an edge; a sender's messages go one by one."""
+        """Seconds until the last part of a micro-batch has crossed an edge; messages of one rank go one by one."""
         task = self.task
         network = self.fleet.network(self.kind_of(source), self.kind_of(target))
         size = task.model.hidden * DTYPE_BYTES[source.precision or task.precision]
-        sent: dict[int, float] = {}
-        for route in routes(source, target, samples, task.sequence_length, sequence_parallel):
-            positions, count = route.region.shape
-            sent[route.source] = sent.get(route.source, 0.0) + positions * count * size
-        return network.seconds(max(sent.values()))
+        moved = _busiest(source, target, samples, task.sequence_length, sequence_parallel)
+        return network.seconds(moved * size)
 
     def tail_s(self, stages: tuple[Stage, ...]) -> float:
         """Gradient exchange and optimizer of a position.
@@ -138,3 +156,18 @@ class Costs:
         start, end = place.stage.samples(samples)[place.replica]
         passes = [self.passes(stage, end - start) for stage in place.stages]
         return Pace(tuple(f for f, _ in passes), tuple(b for _, b in passes), tails[place.position])
+
+
+def _busiest(source: Stage, target: Stage, samples: int, length: int, sequence_parallel: bool) -> float:
+    """Tokens that the busiest rank of an edge sends or receives: the most over all `titan.plan.edges.routes`.
+
+    Every sample of a sender goes to one replica, of which each tensor rank gets a copy or its slice of the positions.
+    """
+    source_cut, target_cut = (sequence_parallel and stage.tp > 1 for stage in (source, target))
+    received = length / target.tp if target_cut else length
+    if source_cut:
+        sent = length / source.tp * (1 if target_cut else target.tp)
+    else:  # copies take turns
+        sent = received * math.ceil(target.tp / source.tp)
+    most_sent, most_received = (max(end - start for start, end in stage.samples(samples)) for stage in (source, target))
+    return max(most_sent * sent, most_received * received)

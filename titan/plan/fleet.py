@@ -1,8 +1,9 @@
 """The devices of an inventory as the planner sees them: kinds, nodes and networks."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from titan.config.planning import InventorySettings
+from titan.config.planning import InventorySettings, LinkSettings
 from titan.errors import ConfigError
 
 
@@ -44,6 +45,11 @@ class Fleet:
         """Devices of all kinds."""
         return sum(kind.devices for kind in self.kinds.values())
 
+    def without(self, used: Mapping[str, int]) -> "Fleet":
+        """What is left when some devices of each kind are taken."""
+        left = {name: replace(kind, devices=kind.devices - used.get(name, 0)) for name, kind in self.kinds.items()}
+        return Fleet({name: kind for name, kind in left.items() if kind.devices > 0}, self.networks)
+
     def network(self, first: str, second: str) -> Network:
         """Between devices of two kinds (or of one, on different nodes). Raises ConfigError if no link is given."""
         ends = frozenset(self.kinds[kind].island for kind in (first, second))
@@ -56,8 +62,8 @@ class Fleet:
         return self.networks[ends]
 
 
-def make_fleet(inventory: InventorySettings) -> Fleet:
-    """The fleet of a checked inventory."""
+def make_fleet(inventory: InventorySettings, measured: Sequence[LinkSettings] = ()) -> Fleet:
+    """The fleet of a checked inventory; measured: links for where the inventory has none."""
     kinds: dict[str, Kind] = {}
     for node in inventory.nodes:
         known = kinds.get(node.kind)
@@ -69,5 +75,5 @@ def make_fleet(inventory: InventorySettings) -> Fleet:
             island=node.island or node.kind,
             paced=node.paced,
         )
-    networks = {frozenset(link.between): Network(link.latency_s, link.gb_per_s * 1e9) for link in inventory.links}
-    return Fleet(kinds, networks)
+    links = (*measured, *inventory.links)
+    return Fleet(kinds, {frozenset(link.between): Network(link.latency_s, link.gb_per_s * 1e9) for link in links})

@@ -10,7 +10,7 @@ from titan.errors import ConfigError
 BlockKind = Literal["embedding", "layer", "head"]
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FARTHEST = 2.0
-"""How far beyond the largest measured micro-batch a time is believed, as a factor."""
+"""How far beyond the largest measured micro-batch, or below the smallest, a time is believed, as a factor."""
 SMALL_FLOATS = 8
 """Floats a token that a layer keeps for its statistics."""
 
@@ -109,6 +109,11 @@ def _interpolated(entries: list[BlockSettings], samples: int) -> BlockCost:
         raise ConfigError(
             f"profile has {largest.block} on {largest.kind} at tp {largest.tp} for at most {largest.samples} samples, "
             f"a layout needs {samples}; measure larger micro-batches or use more of them"
+        )
+    if samples * FARTHEST < smallest.samples:
+        raise ConfigError(
+            f"profile has {smallest.block} on {smallest.kind} at tp {smallest.tp} for {smallest.samples} samples or "
+            f"more, a layout needs {samples}; measure smaller micro-batches or use fewer of them"
         )
     if samples < smallest.samples:  # a smaller micro-batch takes no less than its share
         share = samples / smallest.samples

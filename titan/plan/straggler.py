@@ -1,7 +1,10 @@
-"""Which ranks are slower than their own kind of device should be. Never "slower than the fastest": kinds differ."""
+"""What steps took, and which ranks are slower than their own kind should be, never than the fastest: kinds differ."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
+
+from titan.plan.layout import Layout
 
 TOLERANCE = 0.2
 """How much slower than expected a rank may be."""
@@ -39,3 +42,32 @@ class StragglerWatch:
             if len(factors) == STEPS:
                 found.append(Straggler(rank, sum(factors) / STEPS))
         return found
+
+
+@dataclass
+class MeasuredSteps:
+    """What a role's steps took, by position of its pipeline, since they were last told."""
+
+    layout: Layout
+    step_s: list[float] = field(default_factory=list)
+    busy_s: list[list[float]] = field(default_factory=list)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps since the last report."""
+        return len(self.step_s)
+
+    def add(self, step_s: float, busy_s: Sequence[float]) -> None:
+        """One step: its seconds, and by rank those computed; at a position the slowest rank counts."""
+        self.step_s.append(step_s)
+        self.busy_s.append([max(busy_s[rank] for rank in stage.ranks) for stage in self.layout.positions])
+
+    def take(self) -> dict[str, object]:
+        """Medians over the steps since the last call."""
+        told: dict[str, object] = {
+            "steps": self.num_steps,
+            "step_s": round(median(self.step_s), 6),
+            "busy_s": [round(median(seconds), 6) for seconds in zip(*self.busy_s, strict=True)],
+        }
+        self.step_s, self.busy_s = [], []
+        return told

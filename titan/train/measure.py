@@ -33,6 +33,8 @@ LAYERS = 2
 """Layers measured together: with one alone the passes of a small model are mostly the calls around it."""
 LEAST_REPEATS, WARM_UP, MEASURE_S = 8, 3, 0.4
 TIMEOUT_S = 300.0
+SMALL_BYTES, LARGE_BYTES = 1 << 10, 1 << 24
+"""Messages that tell a link's latency and its bandwidth."""
 
 
 def block_layout(kind: BlockKind, layers: int, tp: int) -> Layout:
@@ -43,21 +45,23 @@ def block_layout(kind: BlockKind, layers: int, tp: int) -> Layout:
 
 
 def measure_shape(
-    platform: Platform, kind: str, task: TaskSettings, tensor: Sequence[int], samples: Sequence[int]
+    platform: Platform, kind: str, task: TaskSettings, tensor: Sequence[int], samples: Sequence[int], together: int = 1
 ) -> tuple[ShapeSettings, float]:
     """All blocks of a role's model on this device, and the gigabytes a second that an optimizer's update goes through.
 
     kind: what to call this device;  tensor: degrees;  samples: sizes of a replica's micro-batch
+    together: devices of this host that compute at the same time, as they will in a run: they share memory and power
     """
     blocks = []
     update_gb_per_s = 0.0
     for tp, block in itertools.product(tensor, KINDS):
-        layouts = {"measured": block_layout(block, task.model.layers, tp)}
+        layouts = {str(index): block_layout(block, task.model.layers, tp) for index in range(max(1, together // tp))}
         answers = run_worlds(layouts, platform, _measure_all, block, task, tuple(samples), timeout_s=TIMEOUT_S)
-        ranks = zip(*(costs for costs, _ in answers["measured"]), strict=True)
+        everyone = [answer for world in answers.values() for answer in world]
+        ranks = zip(*(costs for costs, _ in everyone), strict=True)
         blocks += [_settings(kind, block, tp, costs) for costs in ranks]
         if block == "layer" and tp == tensor[0]:
-            update_gb_per_s = answers["measured"][0][1]
+            update_gb_per_s = min(speed for _, speed in everyone)
     model = task.model
     shape = ShapeSettings(
         hidden=model.hidden, heads=model.heads, kv_heads=model.num_kv_heads, ffn=model.ffn, vocab_size=task.vocab_size,
@@ -78,14 +82,14 @@ class Measured:
 
 
 def _settings(kind: str, block: BlockKind, tp: int, costs: Sequence[Measured]) -> BlockSettings:
-    """What tensor ranks measured together: the most of everything."""
+    """What ranks measured at the same time: their mean seconds, and the most bytes."""
     return BlockSettings(
         kind=kind,
         block=block,
         tp=tp,
         samples=costs[0].samples,
-        forward_s=max(cost.forward_s for cost in costs),
-        backward_s=max(cost.backward_s for cost in costs),
+        forward_s=statistics.mean(cost.forward_s for cost in costs),
+        backward_s=statistics.mean(cost.backward_s for cost in costs),
         activation_bytes=max(cost.activation_bytes for cost in costs),
         workspace_bytes=max(cost.workspace_bytes for cost in costs),
     )
@@ -177,3 +181,32 @@ def _update_speed(stage: ParallelStage, dtype: torch.dtype) -> float:
         stage.world.platform.synchronize()
         seconds.append(time.perf_counter() - begin)
     return state / statistics.median(seconds[WARM_UP:]) / 1e9
+
+
+def measure_link(platform: Platform) -> tuple[float, float]:
+    """Seconds before the first byte arrives and gigabytes a second, between two ranks here by host transport."""
+    ends = tuple(Stage(i, i, i + 1, i == 0, i == 1, tp=1, dp=1, shard=1, first_rank=i) for i in range(2))
+    layout = Layout(ends, micro_batches=1, sequence_parallel=False, recompute=False, transport="host")
+    small_s, large_s = run_worlds({"link": layout}, platform, _ping_pong, timeout_s=TIMEOUT_S)["link"][0]
+    bytes_per_s = (LARGE_BYTES - SMALL_BYTES) / max(large_s - small_s, 1e-9)
+    return max(0.0, small_s - SMALL_BYTES / bytes_per_s), bytes_per_s / 1e9
+
+
+def _ping_pong(world: World) -> tuple[float, float]:
+    """Median seconds of a small and of a large message, one way."""
+    peer, transport = 1 - world.place.rank, world.transport
+    found = []
+    for size in (SMALL_BYTES, LARGE_BYTES):
+        message, into = (torch.zeros(size, dtype=torch.uint8, device=world.platform.device) for _ in range(2))
+        seconds = []
+        for _ in range(LEAST_REPEATS + WARM_UP):
+            begin = time.perf_counter()
+            if world.place.rank == 0:
+                transport.send(message, peer, 0)
+            transport.expect(into, peer, 0).wait()
+            if world.place.rank == 1:
+                transport.send(message, peer, 0)
+            transport.flush()
+            seconds.append((time.perf_counter() - begin) / 2)
+        found.append(statistics.median(seconds[WARM_UP:]))
+    return found[0], found[1]

@@ -1,0 +1,166 @@
+"""Runs on an inventory: planned layouts, paced devices that keep their time, stragglers that are named."""
+
+import itertools
+import json
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from tests.runs import TINY, processes_under, titan, write_tiny_config
+from titan.config.settings import LayoutSettings, ModelSettings
+from titan.observe.events import read_events
+from titan.observe.metrics import StepMetric, read_metrics
+from titan.plan.layout import make_layout
+from titan.plan.straggler import STEPS, MeasuredSteps, StragglerWatch
+
+INVENTORY = """
+nodes = [
+  { name = "fast", kind = "fast", devices = 1, memory_gb = 2.0, paced = true },
+  { name = "slow", kind = "slow", devices = 1, memory_gb = 2.0, paced = true },
+  { name = "host", kind = "cpu", devices = 4, memory_gb = 2.0 },
+]
+links = [
+  { between = ["fast", "slow"], gb_per_s = 1.0, latency_s = 2e-4 },
+  { between = ["fast", "fast"], gb_per_s = 1.0 },
+  { between = ["slow", "slow"], gb_per_s = 1.0 },
+  { between = ["cpu", "cpu"], gb_per_s = 1.0 },
+]
+"""
+SHAPE = """
+[[shapes]]
+hidden = 64
+heads = 2
+kv_heads = 2
+ffn = 128
+vocab_size = 512
+sequence_length = 32
+precision = "fp32"
+blocks = [{blocks}]
+"""
+
+
+def blocks_of(kind: str, layer_s: float) -> str:
+    lines = []
+    shares = (("embedding", 0.1), ("layer", 1.0), ("head", 0.5))
+    for (block, share), samples in itertools.product(shares, (1, 8)):
+        seconds = layer_s * share
+        lines.append(
+            f'{{ kind = "{kind}", block = "{block}", tp = 1, samples = {samples}, forward_s = {seconds * samples:.6f}, '
+            f"backward_s = {2 * seconds * samples:.6f}, activation_bytes = 100000 }}"
+        )
+    return ",".join(lines)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A planned teacher of six layers on a fast and a slow paced device; a student on the CPU, which the profile
+    believes to be a hundred times as fast as it is."""
+    folder = tmp_path_factory.mktemp("planned")
+    write_tiny_config(folder)
+    (folder / "inventory.toml").write_text(INVENTORY)
+    teacher = SHAPE.format(blocks=f"{blocks_of('fast', 0.002)},{blocks_of('slow', 0.006)}")
+    student = (
+        SHAPE.format(blocks=blocks_of("cpu", 1e-5))
+        .replace("hidden = 64", "hidden = 32")
+        .replace("ffn = 128", "ffn = 64")
+    )
+    (folder / "profile.toml").write_text(teacher + student)
+    text = TINY.format(text=folder / "text").partition("[[students]]")[0]
+    text = text.replace("layers = 2,", "layers = 6,").replace("layout = { tp = 2 }", "layout = { planned = true }")
+    text += """
+[[students]]
+name = "early"
+model = { layers = 2, hidden = 32, heads = 2, ffn = 64 }
+layout = { stages = [{ layers = 2, device = "cpu" }] }
+[cluster]
+device = "cpu"
+inventory = "inventory.toml"
+profile = "profile.toml"
+"""
+    (folder / "planned.toml").write_text(text.replace('name = "tiny"', 'name = "planned"'))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ran(workplace: Path) -> Path:
+    result = titan("run", "planned.toml", cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    return workplace / "runs" / "planned"
+
+
+@pytest.mark.slow
+def test_the_plan_is_unequal_and_paced_devices_are_never_faster_than_told(ran: Path) -> None:
+    prediction = json.loads((ran / "plan.json").read_text())["predictions"]["teacher"]
+    layers = {position["device"]: position["layers"] for position in prediction["positions"]}
+    assert layers["fast"] > layers["slow"] >= 1, "a device three times as fast gets more layers"
+    steps = [m.step_s for m in read_metrics(ran) if isinstance(m, StepMetric) and m.role == "teacher"]
+    assert median(steps) >= 0.95 * prediction["step_s"], "how much slower: benchmarks/prediction.py"
+
+
+@pytest.mark.slow
+def test_the_report_and_the_status_set_the_plan_beside_what_was_measured(ran: Path, workplace: Path) -> None:
+    html = (ran / "report.html").read_text()
+    assert "<h2>Plan</h2>" in html and "fast" in html and "predicted" in html and (ran / "plan.png").is_file()
+    said = titan("status", ran, cwd=workplace).stdout
+    assert "teacher: " in said and "a step predicted, " in said and " measured (" in said
+    measured = [event for event in read_events(ran) if event["event"] == "measured" and event["role"] == "teacher"]
+    assert measured and len(measured[-1]["busy_s"]) == 2
+
+
+@pytest.mark.slow
+def test_a_rank_slower_than_its_own_kind_is_named_once_and_a_slow_kind_is_not(ran: Path, workplace: Path) -> None:
+    named = [event for event in read_events(ran) if event["event"] == "straggler"]
+    assert [(event["role"], event["rank"], event["device"]) for event in named] == [("early", 0, "cpu")]
+    assert named[0]["step"] == STEPS and named[0]["factor"] > 1.2 and "replan_gain" in named[0]
+    assert "straggler: early rank 0 (cpu) takes" in titan("status", ran, cwd=workplace).stdout
+    assert processes_under(workplace) == []
+
+
+@pytest.mark.slow
+def test_a_planned_run_resumes_in_the_layout_it_got(ran: Path, workplace: Path) -> None:
+    result = titan("resume", ran, "--set", "run.steps=40", cwd=workplace)
+    assert result.returncode == 0 and "is finished" in result.stdout
+    text = (ran / "config.toml").read_text()
+    assert "planned = false" in text and "[[teacher.layout.stages]]" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("cluster.inventory=none.toml", "cannot read none.toml: No such file or directory"),
+        ("teacher.layout.tp=2", "teacher.layout.tp is 2 beside planned"),
+        ("teacher.model.ffn=96", "profile knows nothing of"),
+        (
+            "students.early.layout.stages=[{layers=2,device='gpu'}]",
+            "early.layout.stages.0.device is 'gpu'; the inventory has fast, slow, cpu",
+        ),
+    ],
+)
+def test_a_plan_that_cannot_be_made_is_one_line_and_no_run(workplace: Path, change: str, says: str) -> None:
+    result = titan("run", "planned.toml", "--set", "run.name=bad", "--set", change, cwd=workplace)
+    assert result.returncode != 0 and not (workplace / "runs" / "bad").exists()
+    assert says in result.stderr and "Traceback" not in result.stderr
+
+
+def test_a_straggler_is_slow_for_its_own_kind_for_twenty_steps_in_a_row() -> None:
+    watch = StragglerWatch(expected_s=(1.0, 3.0))
+    for _ in range(3 * STEPS):
+        assert watch.look((1.19, 3.5)) == [], "the slow kind is as slow as it should be"
+    for step in range(1, 3 * STEPS):
+        found = watch.look((1.0, 4.5))
+        assert bool(found) == (step == STEPS)
+        assert not found or (found[0].rank, found[0].factor) == (1, 1.5)
+    watch.look((1.0, 3.0))
+    for step in range(1, STEPS + 1):
+        assert bool(watch.look((1.0, 4.5))) == (step == STEPS), "once it kept its pace it may be named again"
+
+
+def test_measured_steps_are_told_by_position_with_the_slowest_rank() -> None:
+    layout = make_layout(ModelSettings(layers=4, hidden=64, heads=4, ffn=128), LayoutSettings(pp=2, dp=2))
+    measured = MeasuredSteps(layout)
+    for seconds in (1.0, 2.0, 9.0):
+        measured.add(seconds, (seconds, 2 * seconds, 3 * seconds, seconds))
+    assert measured.take() == {"steps": 3, "step_s": 2.0, "busy_s": [4.0, 6.0]}
+    assert measured.num_steps == 0

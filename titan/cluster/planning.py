@@ -1,0 +1,149 @@
+"""Before a run starts: planned layouts are searched for, and what can be predicted of every role is."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from titan.config.planning import SearchSettings, TaskSettings, load_inventory, load_profile
+from titan.config.settings import TEACHER, LayoutSettings, RunConfig, StudentSettings, TeacherSettings
+from titan.errors import ConfigError
+from titan.observe.gantt import draw_gantt
+from titan.plan.cost import Costs, Prediction
+from titan.plan.fleet import Fleet, make_fleet
+from titan.plan.joint import plan_jointly
+from titan.plan.layout import make_layout
+from titan.plan.profile import Profile
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run's config with all layouts known."""
+
+    config: RunConfig
+    predictions: Mapping[str, Prediction] = field(default_factory=dict)
+    """By role, for those of whose devices and blocks the profile knows."""
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Why there is no prediction for a role, where there is an inventory at all."""
+    costs: Mapping[str, Costs] = field(default_factory=dict)
+    """By role, on the devices that no other role has claimed by name."""
+    paced: frozenset[str] = frozenset()
+    """Kinds of devices that CPU ranks stand in for."""
+
+
+def plan_run(config: RunConfig, vocab_size: int) -> Planned:
+    """Choose planned layouts and predict all. Raises ConfigError for a wrong file, and a model that fits nowhere."""
+    if config.cluster.inventory is None:
+        return Planned(config)
+    costs = role_costs(config, vocab_size)
+    _check_devices(config, next(iter(costs.values())).fleet)
+    wanted = {role: costs[role] for role, settings in _roles(config).items() if settings.layout.planned}
+    if wanted:
+        free = _left_over(next(iter(costs.values())).fleet, config)
+        on_free = {role: Costs(cost.task, free, cost.profile) for role, cost in wanted.items()}
+        plans = plan_jointly(on_free, _search(config))
+        config = _with_layouts(config, {role: plan.settings for role, plan in plans.items()})
+    predictions, unknown = {}, {}
+    for role, settings in _roles(config).items():
+        try:
+            predictions[role] = costs[role].predict(make_layout(settings.model, settings.layout))
+        except ConfigError as error:
+            unknown[role] = str(error)
+    kinds = next(iter(costs.values())).fleet.kinds.values()
+    paced = frozenset(kind.name for kind in kinds if kind.paced)
+    return Planned(
+        config, predictions, unknown, {role: _on_its_own(cost, role, config) for role, cost in costs.items()}, paced
+    )
+
+
+def plan_picture(name: str, prediction: Prediction) -> bytes:
+    """When each stage computes in a step, as a PNG."""
+    labels = []
+    for index, (stage, kind) in enumerate(zip(prediction.layout.positions, prediction.kinds, strict=True)):
+        parts = prediction.layout.stages[index :: len(prediction.kinds)]
+        layers = ", ".join(f"{part.first_layer}-{part.end_layer - 1}" for part in parts)
+        ranks = f" x{len(stage.ranks)}" if len(stage.ranks) > 1 else ""
+        labels.append(f"stage {index} · {kind}{ranks} · layers {layers}")
+    line = prediction.timeline
+    return draw_gantt(f"{name}: a step of {prediction.step_s:.3g} s, as planned", labels, line.spans, line.tail_s)
+
+
+def role_costs(config: RunConfig, vocab_size: int) -> dict[str, Costs]:
+    """What every role costs on the run's inventory. Raises ConfigError for a file that is wrong."""
+    cluster = config.cluster
+    assert cluster.inventory is not None
+    if cluster.profile is None:
+        raise ConfigError(f"cluster.inventory is {cluster.inventory!r}, but cluster.profile is absent; give both")
+    profile = load_profile(Path(cluster.profile))
+    fleet = make_fleet(load_inventory(Path(cluster.inventory)), profile.links)
+    costs = {}
+    for role, settings in _roles(config).items():
+        task = TaskSettings(
+            model=settings.model,
+            vocab_size=vocab_size,
+            sequence_length=config.data.sequence_length,
+            batch_size=config.data.batch_size,
+            precision=settings.precision,
+        )
+        costs[role] = Costs(task, fleet, Profile(task, profile))
+    return costs
+
+
+def _check_devices(config: RunConfig, fleet: Fleet) -> None:
+    """Raise ConfigError for a kind of device that the inventory has not, or not enough of."""
+    mistakes = []
+    used = dict.fromkeys(fleet.kinds, 0)
+    for role, settings in _roles(config).items():
+        for index, stage in enumerate(settings.layout.stages or ()):
+            where = f"{role}.layout.stages.{index}.device"
+            if stage.device is None:
+                continue
+            if stage.device not in fleet.kinds:
+                mistakes.append(f"{where} is {stage.device!r}; the inventory has {', '.join(fleet.kinds)}")
+                continue
+            used[stage.device] += stage.tp * stage.dp
+    for kind, count in used.items():
+        if count > fleet.kinds[kind].devices:
+            have = fleet.kinds[kind].devices
+            mistakes.append(f"layouts claim {count} devices of kind {kind!r}, the inventory has {have}; use fewer")
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+
+
+def _roles(config: RunConfig) -> dict[str, TeacherSettings | StudentSettings]:
+    return {TEACHER: config.teacher} | {student.name: student for student in config.students}
+
+
+def _search(config: RunConfig) -> SearchSettings:
+    return SearchSettings(recompute=config.teacher.layout.recompute)
+
+
+def _on_its_own(costs: Costs, role: str, config: RunConfig) -> Costs:
+    """A role's costs on what other roles leave to it."""
+    return Costs(costs.task, _left_over(costs.fleet, config, but=role), costs.profile)
+
+
+def _left_over(fleet: Fleet, config: RunConfig, but: str | None = None) -> Fleet:
+    """The devices that no role, or none but one, has claimed by name."""
+    used = dict.fromkeys(fleet.kinds, 0)
+    for role, settings in _roles(config).items():
+        for stage in (() if role == but else settings.layout.stages) or ():
+            if stage.device in used:
+                used[stage.device] += stage.tp * stage.dp
+    return fleet.without(used)
+
+
+def _with_layouts(config: RunConfig, layouts: Mapping[str, LayoutSettings]) -> RunConfig:
+    """The config with other layouts, which keep what a plan does not choose."""
+
+    def merged(role: str, settings: TeacherSettings | StudentSettings) -> dict[str, LayoutSettings]:
+        if role not in layouts:
+            return {"layout": settings.layout}
+        kept = {key: getattr(settings.layout, key) for key in ("transport", "recompute", "sequence_parallel")}
+        return {"layout": layouts[role].model_copy(update=kept)}
+
+    return config.model_copy(
+        update={
+            "teacher": config.teacher.model_copy(update=merged(TEACHER, config.teacher)),
+            "students": tuple(s.model_copy(update=merged(s.name, s)) for s in config.students),
+        }
+    )
