@@ -7,7 +7,7 @@ from statistics import median
 
 import pytest
 
-from tests.runs import TINY, processes_under, titan, write_tiny_config
+from tests.runs import TINY, kill_tree, processes_under, start_titan, titan, wait_for_step, write_tiny_config
 from titan.config.settings import LayoutSettings, ModelSettings
 from titan.observe.events import read_events
 from titan.observe.metrics import StepMetric, read_metrics
@@ -123,6 +123,20 @@ def test_a_planned_run_resumes_in_the_layout_it_got(ran: Path, workplace: Path) 
     assert result.returncode == 0 and "is finished" in result.stdout
     text = (ran / "config.toml").read_text()
     assert "planned = false" in text and "[[teacher.layout.stages]]" in text
+
+
+@pytest.mark.slow
+def test_a_killed_run_may_be_planned_anew(workplace: Path) -> None:
+    sets = ["--set", "run.name=cut", "--set", "checkpoint.every_steps=5"]
+    process = start_titan("run", "planned.toml", *sets, cwd=workplace)
+    wait_for_step(workplace / "runs" / "cut", "teacher", 12, process)
+    kill_tree(process.pid)
+    process.communicate()
+    (workplace / "other.toml").write_text(INVENTORY.replace('name = "slow", kind', 'name = "more", kind'))
+    anew = ["--set", "teacher.layout.planned=true", "--set", "cluster.inventory=other.toml"]
+    result = titan("resume", "runs/cut", *anew, cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    assert [event["event"] for event in read_events(workplace / "runs" / "cut")].count("predicted") == 4
 
 
 @pytest.mark.slow

@@ -19,6 +19,10 @@ ALIKE = ("tp", "pp", "dp", "layers", "shard")
 """What describes stages that are alike, and has no place beside `stages`."""
 
 
+CHOSEN = (*ALIKE, "stages", "micro_batches", "schedule", "chunks")
+"""What a planned layout leaves to titan."""
+
+
 def layout_mistakes(name: str, role: TeacherSettings | StudentSettings, data: DataSettings) -> Iterator[str]:
     """Everything wrong with the layout of a role; name: dotted, as in run.toml."""
     layout = role.layout
@@ -56,7 +60,7 @@ def stage_mistakes(
 
 
 def _planned_mistakes(name: str, layout: LayoutSettings) -> Iterator[str]:
-    for key in (*ALIKE, "stages", "schedule", "chunks"):
+    for key in CHOSEN:
         if _is_told(layout, key):
             yield f"{name}.{key} is {getattr(layout, key)} beside planned, which chooses it; leave one of them out"
             break

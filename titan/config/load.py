@@ -11,6 +11,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from titan.config.check import find_mistakes
+from titan.config.check_layout import CHOSEN
 from titan.config.settings import RunConfig
 from titan.errors import ConfigError
 
@@ -92,6 +93,11 @@ def _apply(values: dict[str, Any], override: str) -> str:
     if not isinstance(place, dict):
         return f"--set {override}: say which one, by name, and which of its settings: --set students.NAME.SETTING=VALUE"
     place[last] = _parse_value(text)
+    if (
+        last == "planned" and place[last] is True
+    ):  # what a file says of stages, a run's own config.toml among them, goes
+        for name in CHOSEN:
+            place.pop(name, None)
     return ""
 
 

@@ -3,18 +3,17 @@ micro-batches, in the terms of `titan.plan.options`.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from titan.config.planning import SearchSettings
 from titan.config.settings import VOCAB_MULTIPLE, LayoutSettings, StageSettings
 from titan.errors import ConfigError
-from titan.plan.best import Found
 from titan.plan.cost import Costs
 from titan.plan.fleet import Kind
 from titan.plan.layout import Stage
 from titan.plan.memory import bytes_per_parameter
-from titan.plan.options import Option, Pipeline, SearchProblem, StageCost
+from titan.plan.options import Combo, Option, Pipeline, SearchProblem, StageCost
 from titan.plan.profile import DTYPE_BYTES, BlockCost, BlockKind, num_layer_parameters, num_vocabulary_parameters
 
 MOST_MICRO_BATCHES = 1024
@@ -106,7 +105,7 @@ def make_option(
     promise too little time, which keeps its bound true.
     """
     task, recompute = costs.task, search.recompute
-    edge_bytes = samples * task.sequence_length * task.model.hidden * DTYPE_BYTES[task.precision]
+    edge_bytes = samples * _sample_bytes(costs)
     each = bytes_per_parameter(task.precision, replicas if search.shard_optimizer else 1)
     layer_count, rows_count = num_layer_parameters(task) / tp, num_vocabulary_parameters(task) / tp
     layer, embedding, head = blocks["layer"], blocks["embedding"], blocks["head"]
@@ -145,8 +144,7 @@ def make_option(
 
 def _problem(costs: Costs, options: dict[str, tuple[Option, ...]], micro_batches: int, samples: int) -> SearchProblem:
     """A search problem whose edges are the fastest that any two options have: what is bounded must not be missed."""
-    task = costs.task
-    sample_bytes = task.sequence_length * task.model.hidden * DTYPE_BYTES[task.precision]
+    task, sample_bytes = costs.task, _sample_bytes(costs)
     most = {kind: max((option.dp for option in of_kind), default=0) for kind, of_kind in options.items()}
     edges = {}
     for one in options:
@@ -159,24 +157,46 @@ def _problem(costs: Costs, options: dict[str, tuple[Option, ...]], micro_batches
     return SearchProblem(task.model.layers, devices, options, micro_batches, edges)
 
 
-def with_own_edges(costs: Costs, found: Found) -> SearchProblem:
-    """The problem of a found pipeline with no options but its own, and their true edges, the slower way of each."""
-    problem, task = found.problem, costs.task
+def with_own_edges(
+    costs: Costs, problem: SearchProblem, combo: Combo, of_both: Callable[[float, float], float] = max
+) -> SearchProblem:
+    """The problem with no options but those of a combo, and their true edges.
+
+    of_both: what to take of the two ways across an edge, which differ where tensor degrees do
+    """
+    task = costs.task
     samples = task.batch_size // problem.micro_batches
 
     def stage(option: Option, index: int) -> Stage:
         return Stage(index, 0, 0, False, False, option.tp, option.dp, 1, index * option.devices, device=option.kind)
 
     edges = {
-        (one.kind, other.kind): max(
+        (one.kind, other.kind): of_both(
             costs.edge_s(stage(one, 0), stage(other, 1), samples, False),
             costs.edge_s(stage(other, 0), stage(one, 1), samples, False),
         )
-        for one in found.combo
-        for other in found.combo
+        for one in combo
+        for other in combo
         if (one.kind, other.kind) in problem.edge_s
     }
-    return replace(problem, options={option.kind: (option,) for option in found.combo}, edge_s=edges)
+    return replace(problem, options={option.kind: (option,) for option in combo}, edge_s=edges)
+
+
+def with_held_tensors(costs: Costs, problem: SearchProblem, number: int) -> SearchProblem:
+    """The problem where each stage also holds so many of the tensors that it sends on, one a micro-batch in flight."""
+    samples, in_flight = costs.task.batch_size // problem.micro_batches, min(number, problem.micro_batches)
+
+    def holding(option: Option) -> Option:
+        share = math.ceil(samples / option.dp)
+        return replace(option, fixed_bytes=option.fixed_bytes + in_flight * share * _sample_bytes(costs))
+
+    options = {kind: tuple(map(holding, of_kind)) for kind, of_kind in problem.options.items()}
+    return replace(problem, options=options)
+
+
+def _sample_bytes(costs: Costs) -> int:
+    """Of one sample's hidden states."""
+    return costs.task.sequence_length * costs.task.model.hidden * DTYPE_BYTES[costs.task.precision]
 
 
 def layout_settings(problem: SearchProblem, pipeline: Pipeline, search: SearchSettings) -> LayoutSettings:

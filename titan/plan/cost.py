@@ -57,7 +57,7 @@ class Prediction:
                     "tp": stage.tp,
                     "dp": stage.dp,
                     "layers": layers,
-                    "busy_s": line.busy_s[index],
+                    "busy_s": max(self.busy_s[rank] for rank in stage.ranks),
                     "idle_share": line.idle_shares[index],
                     "memory_bytes": self.memory[index].total,
                     "limit_bytes": self.limit_bytes[index],

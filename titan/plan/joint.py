@@ -99,10 +99,10 @@ def _seconds(costs: Costs, search: SearchSettings, devices: Mapping[str, int]) -
     """(step, bound) of the best layout on these devices; infinite if the model does not fit on them."""
     here = _on(costs, devices)
     try:
-        found, _, prediction = best_layout(here, search, problems(here, search))
+        best = best_layout(here, search, problems(here, search))
     except ConfigError:
         return math.inf, math.inf
-    return prediction.step_s, found.bound_s
+    return best.prediction.step_s, best.bound_s
 
 
 def _every_way(roles: Mapping[str, Costs], search: SearchSettings) -> tuple[dict[str, dict[str, int]], float]:

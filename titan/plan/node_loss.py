@@ -43,14 +43,14 @@ def plans_after_node_loss(plan: RolePlan) -> Mapping[str, AfterLoss | None]:
         after[name] = None
         left = replace(plan.costs, fleet=plan.costs.fleet.without({name: kind.devices_per_node}))
         with suppress(ConfigError):  # fits nowhere
-            _, settings, prediction = best_layout(left, plan.search, _choices(plan, left, name))
-            after[name] = AfterLoss(settings, prediction)
+            best = best_layout(left, plan.search, _choices(plan, left, name))
+            after[name] = AfterLoss(best.settings, best.prediction)
     return after
 
 
 def _choices(plan: RolePlan, left: Costs, lost: str) -> list[SearchProblem]:
     """What may be chosen without a node of the lost kind. Raises ConfigError if that is nothing."""
-    if plan.found.num_combos <= FEW_COMBOS:
+    if plan.found is None or plan.found.num_combos <= FEW_COMBOS:
         return problems(left, plan.search)
     kept = {option.kind: (option,) for option in plan.found.combo}
     problem = plan.found.problem

@@ -14,8 +14,9 @@ from titan.config.settings import LayoutSettings
 from titan.errors import ConfigError
 from titan.plan.best import Found, best_over
 from titan.plan.bound import combos
-from titan.plan.choices import layout_settings, problems, with_own_edges
+from titan.plan.choices import layout_settings, problems, with_held_tensors, with_own_edges
 from titan.plan.cost import Costs, Prediction
+from titan.plan.exact import exact_layout
 from titan.plan.layout import Layout, Stage, make_layout
 from titan.plan.options import SearchProblem
 from titan.plan.plain import uniform_pipelines
@@ -36,7 +37,8 @@ class RolePlan:
 
     costs: Costs
     search: SearchSettings
-    found: Found
+    found: Found | None
+    """What was found of the abstract problem; None where every pipeline was tried."""
     settings: LayoutSettings
     """As in run.toml: `stages`, `micro_batches`, `recompute`."""
     prediction: Prediction
@@ -115,15 +117,15 @@ def plan_role(costs: Costs, search: SearchSettings) -> RolePlan:
     if not costs.fleet.num_devices:
         raise ConfigError("inventory has no devices; add [[inventory.nodes]] with devices and count above 0")
     choices = problems(costs, search)
-    found, settings, prediction = best_layout(costs, search, choices)
+    best = best_layout(costs, search, choices)
     plain = [predict(costs, layout_settings(*each, search)) for each in uniform_pipelines(choices)]
     return RolePlan(
         costs,
         search,
-        found,
-        settings,
-        prediction,
-        min(found.bound_s, prediction.step_s),
+        best.found,
+        best.settings,
+        best.prediction,
+        best.bound_s,
         min((each.step_s for each in plain if not each.too_large), default=None),
         _best_single_kind_s(costs, search, choices),
     )
@@ -141,67 +143,64 @@ def _best_single_kind_s(costs: Costs, search: SearchSettings, choices: Sequence[
     }
     best_s = inf
     for kind in sorted(alone, key=lambda kind: bounds_s[kind]):
-        found = best_over(alone[kind], GOAL_ALONE, MOST_COMBOS_ALONE) if bounds_s[kind] < best_s else None
+        if bounds_s[kind] >= best_s:
+            break
+        exact = exact_layout(costs, search, alone[kind])
+        if exact is not None:
+            best_s = min(best_s, exact.prediction.step_s)
+            continue
+        found = best_over(alone[kind], GOAL_ALONE, MOST_COMBOS_ALONE)
         if found is not None and found.step_s < best_s:  # with true edges it only takes longer
             with suppress(ConfigError):  # the tensors that the search does not count are too many
-                best_s = min(best_s, _settled(costs, search, alone[kind], found)[2].step_s)
+                best_s = min(best_s, _settled(costs, search, alone[kind], found).prediction.step_s)
     return best_s if isfinite(best_s) else None
 
 
-def best_layout(
-    costs: Costs, search: SearchSettings, choices: Sequence[SearchProblem]
-) -> tuple[Found, LayoutSettings, Prediction]:
-    """The best layout that is found, with what was found of the abstract problem.
+@dataclass(frozen=True)
+class Best:
+    """The best layout that is found."""
 
-    The search's edges are the fastest that any options have. So the winner's splits are searched again with the edges
-    of its own options. Raises ConfigError if the model fits nowhere.
-    """
+    settings: LayoutSettings
+    prediction: Prediction
+    bound_s: float
+    found: Found | None
+    """What was found of the abstract problem; None where every pipeline was tried."""
+
+
+def best_layout(costs: Costs, search: SearchSettings, choices: Sequence[SearchProblem]) -> Best:
+    """The best layout that is found: by trying all where they are few. Raises ConfigError if the model fits nowhere."""
+    exact = exact_layout(costs, search, choices)
+    if exact is not None:
+        return Best(exact.settings, exact.prediction, exact.bound_s, None)
     found = best_over(choices, GOAL, MOST_COMBOS)
     if found is None:
         raise ConfigError(does_not_fit(costs, search, choices))
     return _settled(costs, search, choices, found)
 
 
-def _settled(
-    costs: Costs, search: SearchSettings, choices: Sequence[SearchProblem], found: Found
-) -> tuple[Found, LayoutSettings, Prediction]:
-    """A found pipeline as a layout that fits. Raises ConfigError if there is none."""
-    bound_s = found.bound_s  # that of the memory that there is
+def _settled(costs: Costs, search: SearchSettings, choices: Sequence[SearchProblem], found: Found) -> Best:
+    """A found pipeline as a layout that fits. Raises ConfigError if there is none.
+
+    The search's edges are the fastest that any options have, so the winner's splits are searched again with the edges
+    of its own options. Nor does it count what stages send on and hold until its gradient comes: where that is too much,
+    all options are searched again with as many such tensors as the pipeline had stages.
+    """
+    bound_s, tensors = found.bound_s, 0  # the bound is that of the memory that there is
     for _ in range(MOST_TIGHTENINGS):
-        own = with_own_edges(costs, found)
-        again = best_over([own])
+        again = best_over([with_own_edges(costs, found.problem, found.combo)])
         pipelines = [found.pipeline] if again is None else [again.pipeline, found.pipeline]
         settings = [layout_settings(found.problem, pipeline, search) for pipeline in pipelines]
         predictions = [predict(costs, each) for each in settings]
         fitting = [index for index, prediction in enumerate(predictions) if not prediction.too_large]
         if fitting:
             best = min(fitting, key=lambda index: predictions[index].step_s)
-            return replace(found, bound_s=bound_s), settings[best], predictions[best]
-        choices = _tightened(choices, predictions)
-        tighter = best_over(choices, GOAL, MOST_COMBOS)
+            return Best(settings[best], predictions[best], min(bound_s, predictions[best].step_s), found)
+        tensors = max(tensors + 1, *map(len, pipelines))
+        tighter = best_over([with_held_tensors(costs, problem, tensors) for problem in choices], GOAL, MOST_COMBOS)
         if tighter is None:
             break
         found = tighter
     raise ConfigError(does_not_fit(costs, search, choices))
-
-
-def _tightened(choices: Sequence[SearchProblem], predictions: Sequence[Prediction]) -> list[SearchProblem]:
-    """Less memory for each kind, by what its options' numbers left out: the search counts a few tensors too few."""
-    excess: dict[str, float] = {}
-    for prediction in predictions:
-        for position in prediction.too_large:
-            kind = prediction.kinds[position]
-            over = prediction.memory[position].total - prediction.limit_bytes[position]
-            excess[kind] = max(excess.get(kind, 0.0), over)
-
-    def less(problem: SearchProblem) -> SearchProblem:
-        options = {
-            kind: tuple(replace(option, limit_bytes=option.limit_bytes - excess.get(kind, 0.0)) for option in of_kind)
-            for kind, of_kind in problem.options.items()
-        }
-        return replace(problem, options=options)
-
-    return [less(problem) for problem in choices]
 
 
 def predict(costs: Costs, settings: LayoutSettings) -> Prediction:
