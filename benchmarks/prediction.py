@@ -8,13 +8,14 @@ schedule, edges and timeline. On this CPU the profile is measured first. Writes 
 
 import argparse
 import contextlib
+import json
 import statistics
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.figures import save_result
+from benchmarks.figures import RESULTS, save_result
 from titan.platform.device import prepare_process, select_platform
 
 CPU = select_platform("cpu")
@@ -50,6 +51,7 @@ SMALL = ModelSettings(layers=12, hidden=64, heads=4, kv_heads=2, ffn=128)
 LAYER_S = {"fast": 0.010, "middle": 0.018, "slow": 0.036}
 """Forward seconds of a layer and sample on three kinds of paced devices; backward takes twice as long."""
 STEPS, WARM_UP = 4, 1
+CPU_ROUNDS, CPU_STEPS = 5, 12
 TIMEOUT_S = 240.0
 
 
@@ -215,6 +217,30 @@ def compare_times(
     }
 
 
+def compare_on_cpu() -> dict[str, Any]:
+    """Rounds of profile first, layouts then: this machine's own speed drifts by tens of percent within minutes."""
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in UNPACED}
+    for turn in range(CPU_ROUNDS):
+        costs = cpu_costs()
+        for name, settings in UNPACED.items():
+            prediction, seconds, _ = run(costs, settings, CPU_STEPS, paced=False)
+            rounds[name].append((prediction.step_s, statistics.median(seconds[WARM_UP:])))
+            predicted, measured = rounds[name][-1]
+            print(
+                f"round {turn} {name:20} {predicted:8.3f} {measured:8.3f} {measured / predicted - 1:+.1%}", flush=True
+            )
+    rows: dict[str, Any] = {}
+    for name, found in rounds.items():
+        errors = sorted(measured / predicted - 1 for predicted, measured in found)
+        rows[name] = {
+            "predicted_s": statistics.median(predicted for predicted, _ in found),
+            "measured_s": statistics.median(measured for _, measured in found),
+            "error": statistics.median(errors),
+            "errors_of_rounds": errors,
+        }
+    return {"layouts": rows, "worst_error": max(abs(row["error"]) for row in rows.values()), "bar": 0.15}
+
+
 def compare_bytes(costs: Costs) -> dict[str, Any]:
     """Predicted and measured bytes of every rank."""
     rows: dict[str, Any] = {}
@@ -249,16 +275,15 @@ def main() -> None:
     result: dict[str, Any] = {}
     if "paced" in parts:
         result["paced"] = compare_times(paced_costs(), PACED, STEPS, True, 0.05, 0.10)
-    if "cpu" in parts or "memory" in parts:
-        costs = cpu_costs()
-        if "cpu" in parts:
-            result["cpu"] = compare_times(costs, UNPACED, 30, False, 0.15, 0.15)
-        if "memory" in parts:
-            result["memory"] = compare_bytes(costs)
+    if "cpu" in parts:
+        result["cpu"] = compare_on_cpu()
+    if "memory" in parts:
+        result["memory"] = compare_bytes(cpu_costs())
     for name, part in result.items():
         show(name, part)
-    if len(parts) == 3:
-        save_result("prediction", result)
+    before = RESULTS / "prediction.json"
+    known = json.loads(before.read_text()) if before.exists() else {}
+    save_result("prediction", {name: known[name] for name in ("paced", "cpu", "memory") if name in known} | result)
 
 
 if __name__ == "__main__":

@@ -172,10 +172,10 @@ def straggler_text(event: Record) -> str:
     offer = ""
     if event.get("replan_gain"):
         gain = float(event["replan_gain"]) - 1
-        how = f"give it a kind of its own in the inventory, then titan resume --set {event.get('role')}.layout.planned=true"
-        offer = (
-            f"; a plan that knows would be {gain:.0%} faster: {how}" if gain > 0.01 else "; no other plan would help"
-        )
+        again = f"titan resume --set {event.get('role')}.layout.planned=true"
+        offer = "; no other plan would help"
+        if gain > 0.01:
+            offer = f"; in the inventory as a kind of its own a plan would be {gain:.0%} faster: {again}"
     times = f"{float(event.get('factor', 0)):.2f} times what its kind should, since about step {event.get('step')}"
     return f"straggler: {event.get('role')} rank {event.get('rank')}{device} takes {times}{offer}"
 

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from titan.config.planning import SearchSettings
+from titan.config.settings import LayoutSettings
 from titan.plan.bottleneck import PLAIN, bottleneck, memory_layers
 from titan.plan.choices import layout_settings
-from titan.plan.cost import Costs
+from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import make_layout
 from titan.plan.options import Option, SearchProblem
 
@@ -43,6 +44,16 @@ def does_not_fit(costs: Costs, search: SearchSettings, choices: Sequence[SearchP
     )
 
 
+def roomiest_layout(costs: Costs, search: SearchSettings, choices: Sequence[SearchProblem]) -> LayoutSettings | None:
+    """The fastest of a few layouts that leave most memory, one a number of micro-batches; None if none fits."""
+    found: list[tuple[float, LayoutSettings]] = []
+    for problem in choices:
+        laid_out = _laid_out(costs, search, problem, 0.0, problem.layers)
+        if laid_out is not None and not laid_out[1].too_large:
+            found.append((laid_out[1].step_s, laid_out[0]))
+    return min(found, key=lambda each: each[0])[1] if found else None
+
+
 def _excess(
     costs: Costs, search: SearchSettings, problem: SearchProblem, spare_bytes: float, layers: int
 ) -> float | None:
@@ -50,6 +61,17 @@ def _excess(
 
     None if there is no such layout.
     """
+    laid_out = _laid_out(costs, search, problem, spare_bytes, layers)
+    if laid_out is None:
+        return None
+    sizes = zip(laid_out[1].memory, laid_out[1].limit_bytes, strict=True)
+    return max(0.0, *(memory.total - limit for memory, limit in sizes))
+
+
+def _laid_out(
+    costs: Costs, search: SearchSettings, problem: SearchProblem, spare_bytes: float, layers: int
+) -> tuple[LayoutSettings, Prediction] | None:
+    """So many layers on the options that hold most, if every device had so much more memory."""
     combo = tuple(_roomiest(problem, options, spare_bytes) for options in problem.options.values() if options)
     combo = tuple(option for option in combo if problem.units(option))
     if not combo:
@@ -60,9 +82,8 @@ def _excess(
     model = costs.task.model.model_copy(update={"layers": layers})
     task = costs.task.model_copy(update={"model": model})
     fewer = Costs(task, costs.fleet, replace(costs.profile, task=task))
-    prediction = fewer.predict(make_layout(model, layout_settings(problem, found.pipeline, search)))
-    over = [memory.total - limit for memory, limit in zip(prediction.memory, prediction.limit_bytes, strict=True)]
-    return max(0.0, *over)
+    settings = layout_settings(problem, found.pipeline, search)
+    return settings, fewer.predict(make_layout(model, settings))
 
 
 def _roomiest(problem: SearchProblem, options: Sequence[Option], spare_bytes: float) -> Option:

@@ -20,7 +20,7 @@ from titan.plan.exact import exact_layout
 from titan.plan.layout import Layout, Stage, make_layout
 from titan.plan.options import SearchProblem
 from titan.plan.plain import uniform_pipelines
-from titan.plan.room import does_not_fit
+from titan.plan.room import does_not_fit, roomiest_layout
 
 GOAL = 0.01
 """Options that could be better by at most this share are not searched; the bound says what they could give."""
@@ -29,6 +29,8 @@ MOST_COMBOS = 40
 GOAL_ALONE, MOST_COMBOS_ALONE = 0.03, 4
 """The same for a kind alone, whose step is only told for comparison."""
 MOST_TIGHTENINGS = 8
+HELD_TENSORS = (4, 16)
+"""Tensors that every stage is taken to hold, where the true number, that of micro-batches in flight, was too much."""
 
 
 @dataclass(frozen=True)
@@ -182,25 +184,44 @@ def _settled(costs: Costs, search: SearchSettings, choices: Sequence[SearchProbl
     """A found pipeline as a layout that fits. Raises ConfigError if there is none.
 
     The search's edges are the fastest that any options have, so the winner's splits are searched again with the edges
-    of its own options. Nor does it count what stages send on and hold until its gradient comes: where that is too much,
-    all options are searched again with as many such tensors as the pipeline had stages.
+    of its own options. Nor does it count what stages send on and hold until its gradient comes. Where that is too much,
+    the winner's options are searched again with less memory, and if that does not help all options.
     """
-    bound_s, tensors = found.bound_s, 0  # the bound is that of the memory that there is
-    for _ in range(MOST_TIGHTENINGS):
-        again = best_over([with_own_edges(costs, found.problem, found.combo)])
-        pipelines = [found.pipeline] if again is None else [again.pipeline, found.pipeline]
-        settings = [layout_settings(found.problem, pipeline, search) for pipeline in pipelines]
-        predictions = [predict(costs, each) for each in settings]
-        fitting = [index for index, prediction in enumerate(predictions) if not prediction.too_large]
-        if fitting:
-            best = min(fitting, key=lambda index: predictions[index].step_s)
-            return Best(settings[best], predictions[best], min(bound_s, predictions[best].step_s), found)
-        tensors = max(tensors + 1, *map(len, pipelines))
-        tighter = best_over([with_held_tensors(costs, problem, tensors) for problem in choices], GOAL, MOST_COMBOS)
-        if tighter is None:
+    bound_s = found.bound_s  # that of the memory that there is
+    for tensors in (0, *HELD_TENSORS):
+        held = [with_held_tensors(costs, problem, tensors) for problem in choices]
+        winner = found if tensors == 0 else best_over(held, GOAL, MOST_COMBOS)
+        if winner is None:
             break
-        found = tighter
-    raise ConfigError(does_not_fit(costs, search, choices))
+        own = with_own_edges(costs, winner.problem, winner.combo)
+        for _ in range(MOST_TIGHTENINGS):
+            again = best_over([own])
+            if again is None:
+                break
+            settings = layout_settings(own, again.pipeline, search)
+            prediction = predict(costs, settings)
+            if not prediction.too_large:
+                return Best(settings, prediction, min(bound_s, prediction.step_s), winner)
+            own = _tightened(own, prediction)
+    roomy = roomiest_layout(costs, search, choices)
+    if roomy is None:
+        raise ConfigError(does_not_fit(costs, search, choices))
+    prediction = predict(costs, roomy)
+    return Best(roomy, prediction, min(bound_s, prediction.step_s), found)
+
+
+def _tightened(problem: SearchProblem, prediction: Prediction) -> SearchProblem:
+    """Less memory for each kind, by what the fullest stage has too much."""
+    excess: dict[str, float] = {}
+    for position in prediction.too_large:
+        kind = prediction.kinds[position]
+        over = prediction.memory[position].total - prediction.limit_bytes[position]
+        excess[kind] = max(excess.get(kind, 0.0), over)
+    options = {
+        kind: tuple(replace(option, limit_bytes=option.limit_bytes - excess.get(kind, 0.0)) for option in of_kind)
+        for kind, of_kind in problem.options.items()
+    }
+    return replace(problem, options=options)
 
 
 def predict(costs: Costs, settings: LayoutSettings) -> Prediction:
