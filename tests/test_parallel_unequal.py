@@ -44,6 +44,10 @@ LAYOUTS = {
         stages({"layers": (1, 1), "tp": 2}, {"layers": (1, 1), "dp": 2, "shares": (1, 2)}, schedule="interleaved",
                chunks=2, micro_batches=4), "tied",
     ),
+    "static shapes, shares 3:1 and dp3": (
+        stages({"layers": 2, "dp": 2, "shares": (3, 1), "static_shapes": True},
+               {"layers": 2, "dp": 3, "static_shapes": True}), "tied",
+    ),
     "two islands": (stages({"layers": 2, "dp": 3, "islands": (2, 1)}, {"layers": 2}), "gqa"),
     "two islands of tp2, tied": (stages({"layers": 2}, {"layers": 2, "tp": 2, "dp": 2, "islands": (1, 1)}), "tied"),
 }  # fmt: skip
@@ -108,3 +112,25 @@ def test_a_stage_in_bf16_beside_one_in_fp32_stays_near_single_precision() -> Non
     for step, (got, want) in enumerate(zip(many[0], alone, strict=True), START + 1):
         assert got[0] == pytest.approx(want[0], abs=2.0**-9), f"cross-entropy of step {step}"
         assert got[2] == pytest.approx(want[2], rel=5 * 2.0**-9), f"gradient norm of step {step}"
+
+
+def sizes_seen(world: World, layout: LayoutSettings) -> set[int]:
+    """How many samples the module of this rank was given."""
+    trainer = make_trainer(world, layout)
+    module, seen = trainer.stage.module, set()
+
+    def look(_: object, arguments: tuple[dict[str, Any], int]) -> None:
+        inputs = arguments[0]
+        seen.add(inputs["hidden"].shape[1] if "hidden" in inputs else len(inputs["tokens"]))
+
+    module.register_forward_pre_hook(look)
+    trainer.step(tokens_of(1), 2e-3, Objective())
+    return seen
+
+
+@pytest.mark.slow
+def test_static_shapes_are_the_same_on_every_replica() -> None:
+    layout, _ = LAYOUTS["static shapes, shares 3:1 and dp3"]
+    assert run_world(layout, sizes_seen, layout) == [{3}, {3}, {2}, {2}, {2}]
+    ragged, _ = LAYOUTS["shares 3:1"]
+    assert run_world(ragged, sizes_seen, ragged) == [{3}, {1}, {4}]

@@ -121,6 +121,9 @@ class StageSettings(Section):
     """Type of weights and activations; the default is the role's."""
     device: Name | None = None
     """Kind of device, as the inventory names it; the default is any."""
+    static_shapes: bool = False
+    """Fill every replica's part of a micro-batch up to the largest, for devices that compile for fixed shapes. The
+    filling is cut off again before it could count."""
     islands: tuple[PositiveInt, ...] | None = None
     """Replicas in each island, adding up to `dp`, where one fast network does not join all of them: gradients are
     reduced inside each island and exchanged in fp32 over the host's network."""

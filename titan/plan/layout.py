@@ -37,6 +37,8 @@ class Stage:
     """Kind of device in the inventory; None for any."""
     islands: tuple[int, ...] = ()
     """Replicas in each island; empty for one island."""
+    static_shapes: bool = False
+    """Whether every replica computes on as many samples as the one that has most."""
 
     @property
     def ranks(self) -> range:
@@ -148,6 +150,7 @@ def make_layout(model: ModelSettings, settings: LayoutSettings) -> Layout:
                 precision=of.precision,
                 device=of.device,
                 islands=of.islands or (),
+                static_shapes=of.static_shapes,
             )
         )
     mixed = len({stage.device for stage in wanted}) > 1

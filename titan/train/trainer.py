@@ -175,7 +175,25 @@ class Trainer:
         inputs: list[Tensors] = [{"rope": self.rope, "tokens": batch.tokens_BS} for _, batch in batches]
         samples = self.settings.batch_size // self.world.layout.micro_batches
         edge = EdgeSpec(samples, self.settings.sequence_length, {"hidden": (self.settings.model.hidden,)})
-        self.executor.run(schedule, self.stage.module, inputs, edge, head)
+        self.executor.run(schedule, self._run_chunk, inputs, edge, head)
+
+    def _run_chunk(self, inputs: Tensors, chunk: int) -> Tensors:
+        """The module on one micro-batch; with static shapes on samples filled up with zeros, which are cut off again.
+
+        Samples do not see each other and what is cut off gets no gradient, so loss and gradients stay what they are.
+        """
+        stage = self.world.place.stage
+        if not stage.static_shapes:
+            return self.stage.module(inputs, chunk)  # type: ignore[no-any-return]
+        shares = stage.samples(self.settings.batch_size // self.world.layout.micro_batches)
+        most = max(end - start for start, end in shares)
+        axes = {"tokens": 0, "hidden": 1}
+        filled = {
+            name: _filled(tensor, axes[name], most) if name in axes else tensor for name, tensor in inputs.items()
+        }
+        start, end = shares[self.world.place.replica]
+        produced: Tensors = self.stage.module(filled, chunk)
+        return {name: tensor[:, : end - start] for name, tensor in produced.items()}
 
     def _micro_batches(
         self, tokens: np.ndarray, weight: np.ndarray, labels: SampleLabels | None
@@ -203,3 +221,13 @@ class Trainer:
     def learning_rate(self, step: int, total_steps: int) -> float:
         """Learning rate of a step, counted from 1."""
         return learning_rate(self.settings.optimizer, step, total_steps)
+
+
+def _filled(tensor: torch.Tensor, axis: int, size: int) -> torch.Tensor:
+    """The tensor with zeros up to `size` along an axis."""
+    missing = size - tensor.shape[axis]
+    if not missing:
+        return tensor
+    shape = list(tensor.shape)
+    shape[axis] = missing
+    return torch.cat([tensor, tensor.new_zeros(shape)], dim=axis)
