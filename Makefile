@@ -44,6 +44,7 @@ gpu-smoke: $(READY)
 
 docs: $(READY)
 	$(BIN)/python -m titan.config.document > docs/config.md
+	$(BIN)/python -m titan.config.schema
 
 bench-kernels: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.kernels

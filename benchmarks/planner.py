@@ -57,7 +57,7 @@ def costs_of(files: Files, layers: int, nodes: int) -> Costs:
 
 
 def variants(files: Files) -> dict[str, Files]:
-    """The same size of problem with other figures: the bars are set for the plan file, and not every case meets them."""
+    """The same size of problem with other figures: the bars are set for the plan file, not all of these meet them."""
     plan, inventory, profile = files
 
     def on_links(gb_per_s: float) -> InventorySettings:

@@ -25,10 +25,11 @@ from titan.errors import ConfigError
 from titan.observe import words
 from titan.plan.cost import Costs, Prediction
 from titan.plan.fleet import make_fleet
+from titan.plan.given import evaluate_layout
 from titan.plan.layout import make_layout
 from titan.plan.profile import Profile
 from titan.plan.schedule import Pass
-from titan.plan.search import plan_role
+from titan.plan.search import devices_json, plan_role
 
 WIDTH = 72
 """Columns of the timeline in a terminal."""
@@ -58,8 +59,9 @@ def show_plan_file(
         task = check_values(TaskSettings, read_values(model, "a task: model, vocab_size, batch_size and so on"), PAGE)
     costs = Costs(task, make_fleet(check_inventory(nodes), costs_of.links), Profile(task, costs_of))
     if layout is not None:
-        prediction = costs.predict(make_layout(task.model, _given_layout(layout, task)))
-        result: dict[str, Any] = {"name": plan.name, **prediction.to_json(), "fits": not prediction.too_large}
+        prediction = evaluate_layout(costs, make_layout(task.model, _given_layout(layout, task)))
+        devices, fits = devices_json(prediction), not prediction.too_large
+        result: dict[str, Any] = {"name": plan.name, **prediction.to_json(), "devices": devices, "fits": fits}
         said = [f"step {_seconds(prediction.step_s)}, as given by {layout}: nothing was searched for"]
     else:
         found = plan_role(costs, plan.search)
