@@ -139,6 +139,13 @@ def test_losses_and_gradients_are_those_of_the_dense_head(objective: Objective, 
     assert_like_dense(case, *head_of(case))
 
 
+@pytest.mark.parametrize("product_rows", [1, 7, 64, 127])
+def test_the_output_weight_may_be_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch, product_rows: int) -> None:
+    monkeypatch.setattr(head_module, "PRODUCT_ROWS", product_rows)
+    case = make_case(size=100, rows=128)
+    assert_like_dense(case, *head_of(case))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_without_labels_it_is_plain_cross_entropy_whatever_the_weight(temperature: float) -> None:
     case = replace(make_case(Objective(0.9, temperature)), labels=None)
