@@ -43,7 +43,9 @@ class TiedBridge:
                 self.copies.append((copy, own))
 
     def collect_gradients(self, gradient: Tensor | None) -> None:
-        """Before replicas are summed: add the copies' gradients to those of the weight, and clear them there.
+        """Before replicas are summed: add the copies' gradients to those of the weight.
+
+        What is left at the copies does not count in the norm, and what it does to them is overwritten.
 
         gradient: the float32 buffer of this rank's part
         """
@@ -52,8 +54,6 @@ class TiedBridge:
         transport = self.world.transport
         for owner, (start, end) in self.owners:
             transport.send(gradient[start:end].clone(), owner, self.channel)
-        if self.owners:
-            gradient.zero_()
         for copy, (start, end) in self.copies:
             gradient[start:end] += transport.expect(torch.empty_like(gradient[start:end]), copy, self.channel).wait()
         transport.flush()
