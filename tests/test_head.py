@@ -12,11 +12,13 @@ from torch import Tensor
 import titan.ops.head as head_module
 from tests.worlds import World, run_world
 from titan.config.settings import LayoutSettings
-from titan.ops.head import Chunk, HeadResult, Objective, VocabShard, run_head
+from titan.ops.divergence import SMALLEST_TAIL
+from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import SparseLabels
+from titan.ops.look import VocabShard
 
 WIDTH = 16
-FLOOR = head_module.SMALLEST_TAIL
+FLOOR = SMALLEST_TAIL
 DEFAULT = Objective(0.6, 2.0)
 
 

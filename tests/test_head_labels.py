@@ -9,8 +9,9 @@ from torch import Tensor
 
 from tests.worlds import World, run_world
 from titan.config.settings import LayoutSettings
-from titan.ops.head import Chunk, HeadResult, Objective, VocabShard, run_head
+from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import SparseLabels, TailDraws, TeacherSays
+from titan.ops.look import VocabShard
 
 WIDTH = 16
 SIZE, ROWS = 90, 128

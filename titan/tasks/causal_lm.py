@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titan.model.stage import StageModel, gradient_buffer
-from titan.ops.head import HeadResult, Objective, VocabShard, run_head
+from titan.ops.head import HeadResult, Objective, run_head
 from titan.ops.label import SparseLabels
+from titan.ops.look import VocabShard
 
 
 @dataclass(frozen=True)

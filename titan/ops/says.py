@@ -1,0 +1,86 @@
+"""The label of a chunk of tokens: its head from one look at the logits, its draws by a second.
+
+Shape letters as in titan.ops.head.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titan.ops.label import TailDraws, TeacherSays
+from titan.ops.look import Look, VocabShard, merge
+from titan.ops.vocab import counter_uniform, vocab_statistics, vocab_tail_blocks, vocab_tail_draws
+
+
+def label_logits(
+    logits_NV: Tensor, top_k: int, draws: TailDraws | None, temperature: float, shard: VocabShard
+) -> TeacherSays:
+    """The label of a chunk of logits, which may be one tensor rank's part of the vocabulary; nothing is copied."""
+    wanted = top_k if draws is None else min(top_k + 1, shard.size)
+    no_ids = torch.empty(len(logits_NV), 0, dtype=torch.int64, device=logits_NV.device)
+    seen = vocab_statistics(logits_NV, no_ids, wanted, shard.start, shard.size, temperature)
+    return teacher_says(merge([seen], shard, temperature), logits_NV, top_k, draws, temperature, shard)
+
+
+def teacher_says(
+    look: Look, logits_NV: Tensor, top_k: int, draws: TailDraws | None, temperature: float, shard: VocabShard
+) -> TeacherSays:
+    """The label of a chunk: its head from what all parts saw, its draws from the logits."""
+    log_norm_N = look.log_sum_exp_N2[:, 0]
+    head_ids_NK = look.top_ids_NK[:, :top_k].contiguous()
+    draw_ids_NM = draw_log_prob_NM = None
+    if draws is not None:
+        draw_ids_NM, drawn_NM = _draw(look, logits_NV, head_ids_NK, draws, temperature, shard)
+        draw_log_prob_NM = drawn_NM / temperature - look.log_sum_exp_N2[:, 1:]
+    return TeacherSays(
+        head_ids_NK,
+        look.top_values_NK[:, :top_k] - log_norm_N[:, None],
+        look.log_sum_exp_N2[:, 1] - log_norm_N / temperature,
+        look.entropy_N,
+        draw_ids_NM,
+        draw_log_prob_NM,
+    )
+
+
+def _draw(
+    look: Look, logits_NV: Tensor, head_ids_NK: Tensor, draws: TailDraws, temperature: float, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """[N, M] ids and logits drawn from the tail; logit -inf where the head is the whole vocabulary.
+
+    Draw j falls into the j-th of M equal slices of the tail's mass, in order of ids: each slice is hit once, so a mean
+    over the draws is as unbiased as with independent ones and never noisier. Weights are whole numbers, so that draws
+    are the same however the vocabulary is cut.
+    """
+    top_k = head_ids_NK.shape[1]
+    if look.top_values_NK.shape[1] == top_k:
+        shape = (len(logits_NV), draws.count)
+        return head_ids_NK.new_zeros(shape), look.top_values_NK.new_full(shape, -torch.inf)
+    threshold_N = look.top_values_NK[:, top_k].contiguous()
+    blocks = vocab_tail_blocks(logits_NV, head_ids_NK, threshold_N, shard.start, shard.size, temperature)
+    own_N = blocks.sum(dim=1)
+    total_N, before_N = own_N, torch.zeros_like(own_N)
+    if shard.group is not None:
+        parts = [torch.empty_like(own_N) for _ in range(shard.group.size())]
+        dist.all_gather(parts, own_N, group=shard.group)
+        total_N, before_N = (
+            torch.stack(parts).sum(dim=0),
+            torch.stack([before_N, *parts])[: shard.group.rank() + 1].sum(0),
+        )
+    uniform_NM = counter_uniform(draws.seed, draws.sample_N, draws.position_N, draws.count)
+    slice_M = torch.arange(draws.count, device=uniform_NM.device)
+    targets_NM = ((slice_M + uniform_NM) / draws.count * total_N[:, None]).floor().minimum(total_N[:, None] - 1)
+    ids_NM, drawn_NM = vocab_tail_draws(
+        logits_NV,
+        head_ids_NK,
+        threshold_N,
+        blocks,
+        targets_NM - before_N[:, None],
+        shard.start,
+        shard.size,
+        temperature,
+    )
+    if shard.group is not None:
+        found = torch.stack([ids_NM.double(), drawn_NM.double()])  # a draw is on one rank, the others have 0
+        dist.all_reduce(found, group=shard.group)
+        ids_NM, drawn_NM = found[0].long(), found[1].float()
+    return ids_NM, drawn_NM
