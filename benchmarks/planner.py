@@ -20,9 +20,9 @@ from benchmarks.figures import RESULTS, save_result
 from titan.config.planning import InventorySettings, PlanSettings, ProfileSettings, load_plan
 from titan.plan.cost import Costs
 from titan.plan.fleet import make_fleet
-from titan.plan.node_loss import plans_after_node_loss
 from titan.plan.profile import Profile
-from titan.plan.search import plan_role
+from titan.plan.search.node_loss import plans_after_node_loss
+from titan.plan.search.role import plan_role
 
 PLAN = Path(__file__).parents[1] / "configs/inventories/three-kinds-768.toml"
 LAYERS = (16, 32, 64, 96, 128, 192, 256)

@@ -25,8 +25,11 @@ from titan.checkpoint.folder import encode_manifest, step_folder
 from titan.cli.main import main
 from titan.config.load import dump_config, load_config
 from titan.data.prepare import prepare_corpus
-from titan.distill.codec import LabelBlock, encode_block
-from titan.distill.log import COMMITS, Commit, CommitWriter, LabelWriter, part_path
+from titan.distill.codec.block import LabelBlock, encode_block
+from titan.distill.codec.raw import RawLabels
+from titan.distill.log.records import COMMITS, Commit
+from titan.distill.log.segment import segment_path
+from titan.distill.log.writer import CommitWriter, LabelWriter
 
 STEP = 10
 """Where the run `old`, on which bad commands are tried, was stopped."""
@@ -163,6 +166,9 @@ CONFIG = [
     bad_setting("a student named teacher", "students.late.name=teacher", "taken by the teacher", "choose another"),
     bad_setting("a start by step and by lead", "students.late.start.step=3", "both step (3) and lead", "keep one"),
     bad_setting("a start beyond the end", "students.early.start.step=40", "start.step is 40, run.steps is 40"),
+    bad_setting(
+        "a loss that draws bias", "students.late.distill.loss=jsd", "students.late.distill.loss is 'jsd'", "top_k"
+    ),
     bad_setting("labels larger than the vocabulary", "labels.top_k=600", "top_k is 600", "vocab_size (512)"),
     bad_setting(
         "a final rate without a schedule",
@@ -538,13 +544,13 @@ RESUME = [
     ),
     resumes(
         "with labels that are gone",
-        ("part-000.labels", "restore the part files"),
-        lambda place: part_path(labels_of(place), 0).unlink(),
+        ("part-000", "restore the part files"),
+        lambda place: segment_path(labels_of(place), 0, 1).unlink(),
     ),
     resumes(
         "with labels that are damaged",
-        ("part-000.labels (intact up to byte 0)", "restore the part files"),
-        lambda place: damage(part_path(labels_of(place), 0), "flipped", 10),
+        ("part-000/0000000001.segment (intact up to byte 0)", "restore the part files"),
+        lambda place: damage(segment_path(labels_of(place), 0, 1), "flipped", 10),
     ),
     resumes("on a corrupt shard", ("train-00000.arrow is damaged", "delete"), spoil("train-00000.arrow", "flipped")),
     resumes("on other sources", ("the run began with corpus", "put the folder or the sources back"), other_sources),
@@ -645,11 +651,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_labels(folder: Path) -> None:
     folder.mkdir(parents=True)
     labels, commits = LabelWriter(folder, 0, 0), CommitWriter(folder, 0)
-    shape = (8, 32, 4)
+    ids = np.tile(np.arange(4, dtype=np.int32), (8, 32, 1))
+    raw = RawLabels("top_k", ids_BSK=ids, log_prob_BSK=np.full(ids.shape, np.log(0.2), np.float32))
     for step in range(1, STEP + 1):
-        block = LabelBlock(
-            step, 0, np.arange(8), np.zeros((8, 33), np.int32), np.zeros(shape, np.int32), np.zeros(shape), None
-        )
+        block = LabelBlock(step, 0, np.arange(8), np.zeros((8, 33), np.int32), raw)
         labels.append(step, encode_block(block, 512))
         commits.commit(Commit(step, (0,), 8, 5.0))
     commits.end("stopped")
@@ -842,7 +847,12 @@ def flipped(workplace: Path) -> Path:
     damage(next(step_folder(run / "checkpoints/teacher", 20).glob("*.safetensors")), "flipped")
     (run / "checkpoints/late/step-00000030.partial").mkdir()
     (run / "checkpoints/late/step-00000030.partial/rank-00000.json").write_text("{")
-    for name in ("metrics.jsonl", "events.jsonl", f"labels/teacher/{COMMITS}", "labels/teacher/part-000.labels"):
+    for name in (
+        "metrics.jsonl",
+        "events.jsonl",
+        f"labels/teacher/{COMMITS}",
+        "labels/teacher/part-000/0000000001.segment",
+    ):
         with (run / name).open("ab") as file:
             file.write(b'{"torn')
     return run
@@ -878,11 +888,11 @@ def test_its_remedy_leads_to_the_same_bits_whatever_the_kill_left_behind(flipped
 def test_a_flipped_bit_in_the_labels_is_one_line_and_no_label_is_lost(workplace: Path) -> None:
     run = back_to(workplace, "mislabelled", 20)
     shutil.rmtree(run / "checkpoints/late")
-    path = part_path(run / "labels/teacher", 0)
+    path = segment_path(run / "labels/teacher", 0, 1)
     damage(path, "flipped", path.stat().st_size * 3 // 10 + 500)
     labels = path.read_bytes()
     line = only_line(titan("resume", "runs/mislabelled", cwd=workplace))
-    assert "late rank 0 on" in line and "part-000.labels: the labels of step" in line and "restore the file" in line
+    assert "late rank 0 on" in line and "the labels of step" in line and "restore the file" in line
     assert path.read_bytes()[: len(labels)] == labels
     assert processes_under(workplace) == []
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import titan.ops.head as head_module
+import titan.ops.look as look_module
 from tests.worlds import World, run_world
 from titan.config.settings import LayoutSettings
 from titan.ops.divergence import SMALLEST_TAIL
@@ -143,7 +143,7 @@ def test_losses_and_gradients_are_those_of_the_dense_head(objective: Objective, 
 
 @pytest.mark.parametrize("product_rows", [1, 7, 64, 127])
 def test_the_output_weight_may_be_multiplied_in_parts(monkeypatch: pytest.MonkeyPatch, product_rows: int) -> None:
-    monkeypatch.setattr(head_module, "PRODUCT_ROWS", product_rows)
+    monkeypatch.setattr(look_module, "PRODUCT_ROWS", product_rows)
     case = make_case(size=100, rows=128)
     assert_like_dense(case, *head_of(case))
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from titan.config.settings import LayoutSettings
 from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import SparseLabels, TailDraws, TeacherSays
 from titan.ops.look import VocabShard
+from titan.ops.says import label_logits
 
 WIDTH = 16
 SIZE, ROWS = 90, 128
@@ -204,7 +206,14 @@ def draws_of(tokens: int, count: int, seed: int = 5) -> TailDraws:
 
 
 def says(
-    world: World | None = None, chunk: Chunk | None = None, temperature: float = 1.0, tokens: int = 70
+    world: World | None = None,
+    chunk: Chunk | None = None,
+    temperature: float = 1.0,
+    tokens: int = 70,
+    top_k: int = 5,
+    count: int = 6,
+    independent: bool = False,
+    whole: bool = False,
 ) -> TeacherSays:
     hidden, weight, targets, _ = problem(tokens)
     weight = (weight * 64).round() / 64  # exact products, so that every layout has the same logits bit for bit
@@ -214,7 +223,8 @@ def says(
     shard = VocabShard(start, ROWS // tp, SIZE, None if world is None else world.groups.tp)
     result = run_head(
         hidden, weight[start : start + ROWS // tp], targets, torch.ones(tokens), shard,
-        objective=Objective(temperature=temperature), top_k=5, draws=draws_of(tokens, 6), chunk=chunk,
+        objective=Objective(temperature=temperature), top_k=top_k, whole=whole, chunk=chunk,
+        draws=replace(draws_of(tokens, count), independent=independent),
     )  # fmt: skip
     assert result.labels is not None
     return result.labels
@@ -237,16 +247,57 @@ def test_a_label_has_its_entropy_and_draws_with_their_probabilities(temperature:
     assert not in_head and label.draw_ids_NM.max() < SIZE
 
 
-def test_each_draw_comes_from_its_slice_of_the_tail() -> None:
-    """Draw j of six lies between j/6 and (j+1)/6 of the tail's mass in order of ids."""
-    label = says()
+@pytest.mark.parametrize("top_k", [5, 0])
+def test_draws_are_spread_evenly_however_many_are_taken(top_k: int) -> None:
+    """Of the first m an entry of share s has m s, give or take the discrepancy of van der Corput's sequence; and of the
+    first 2^a, in order of ids, each comes from a slice of 2^-a of the mass.
+    """
+    label = says(top_k=top_k, count=64)
     assert label.draw_ids_NM is not None
-    tail = exact_log_p(1.0).exp().scatter(1, label.ids_NK, 0.0)
-    end = tail.cumsum(1) / tail.sum(1, keepdim=True)
-    begin = end - tail / tail.sum(1, keepdim=True)
-    slices = torch.arange(6)
-    assert (end.gather(1, label.draw_ids_NM) >= slices / 6 - 1e-6).all()
-    assert (begin.gather(1, label.draw_ids_NM) <= (slices + 1) / 6 + 1e-6).all()
+    mass = exact_log_p(1.0).exp().scatter(1, label.ids_NK, 0.0)
+    share = mass / mass.sum(1, keepdim=True)
+    hits = torch.zeros(70, SIZE, dtype=torch.float64)
+    for m in range(1, 65):
+        hits.scatter_add_(1, label.draw_ids_NM[:, m - 1 : m], torch.ones(70, 1, dtype=torch.float64))
+        assert (hits - m * share).abs().max() <= math.log2(m) / 3 + 1 + 1e-4
+    end = share.cumsum(1)
+    for count in (1, 2, 4, 8, 64):
+        ids = label.draw_ids_NM[:, :count].sort(dim=1).values
+        low = ((end - share).gather(1, ids) * count - torch.arange(count)).amax(1)  # of the turn, as a share of a slice
+        high = (end.gather(1, ids) * count - torch.arange(count)).amin(1)
+        assert (low <= high + 1e-4).all(), "one turn fits all"
+
+
+def test_a_label_of_few_draws_is_the_beginning_of_one_of_many() -> None:
+    for top_k in (5, 0):
+        many, few = says(top_k=top_k, count=33), says(top_k=top_k, count=7)
+        assert many.draw_ids_NM is not None and few.draw_ids_NM is not None
+        assert torch.equal(many.draw_ids_NM[:, :7], few.draw_ids_NM)
+
+
+@pytest.mark.parametrize(("top_k", "independent"), [(4, False), (0, False), (0, True)])
+def test_any_first_draws_are_distributed_as_what_they_are_drawn_from(top_k: int, independent: bool) -> None:
+    """20,000 samples of one position: chi-square of each draw alone. With up to 29 degrees of freedom one exceeds 72
+    about once in 50,000 times. Spread draws of a sample are not independent, those of samples are.
+    """
+    samples, count = 20_000, 6
+    logits = (torch.randn(1, 30, generator=torch.Generator().manual_seed(4)) * 1.5).expand(samples, 30).contiguous()
+    draws = TailDraws(count, 3, torch.arange(samples), torch.full((samples,), 11), independent)
+    label = label_logits(logits, top_k, draws, 1.0, VocabShard(0, 30, 30, None))
+    assert label.draw_ids_NM is not None
+    mass = logits[0].double().exp()
+    mass[label.ids_NK[0]] = 0.0
+    expected = mass / mass.sum() * samples
+    real = expected > 0
+    for j in range(count):
+        hits = torch.bincount(label.draw_ids_NM[:, j], minlength=30).double()
+        assert ((hits - expected)[real].square() / expected[real]).sum() < 72 and (hits[~real] == 0).all()
+    pairs = (label.draw_ids_NM[:, 0] == label.draw_ids_NM[:, 1]).double().mean()
+    by_chance = (expected / samples).square().sum()
+    if independent:
+        assert abs(pairs - by_chance) < 5 * math.sqrt(by_chance / samples)
+    else:
+        assert pairs < by_chance - 0.01, "half the mass lies between the first two"
 
 
 def test_the_same_sample_and_position_draw_the_same_whatever_the_batch_and_chunks() -> None:
@@ -257,19 +308,42 @@ def test_the_same_sample_and_position_draw_the_same_whatever_the_batch_and_chunk
         assert torch.equal(label.draw_ids_NM, other.draw_ids_NM)
 
 
+WANTED: list[dict[str, Any]] = [
+    {}, {"temperature": 2.0, "whole": True}, {"top_k": 0}, {"top_k": 0, "independent": True, "whole": True},
+]  # fmt: skip
+
+
 def sharded_says(world: World) -> list[TeacherSays]:
-    return [says(world, temperature=temperature) for temperature in (1.0, 2.0)]
+    return [says(world, **wanted) for wanted in WANTED]
 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_labels_and_draws_are_the_same_however_the_vocabulary_is_cut(tp: int) -> None:
-    wanted = [says(temperature=temperature) for temperature in (1.0, 2.0)]
+    wanted = [says(**each) for each in WANTED]
     for answers in run_world(LayoutSettings(tp=tp), sharded_says):
         for got, want in zip(answers, wanted, strict=True):
             assert torch.equal(got.ids_NK, want.ids_NK)
             assert got.draw_ids_NM is not None and want.draw_ids_NM is not None
             assert torch.equal(got.draw_ids_NM, want.draw_ids_NM)
             assert torch.allclose(got.entropy_N, want.entropy_N, atol=1e-5)
+            assert (got.log_prob_NV is None) == (want.log_prob_NV is None)
+            if got.log_prob_NV is not None and want.log_prob_NV is not None:
+                assert torch.allclose(got.log_prob_NV, want.log_prob_NV, atol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_a_label_of_everything_is_the_whole_distribution_without_padding(top_k: int) -> None:
+    hidden, weight, targets, _ = problem(70)
+    for chunk in (None, Chunk(13)):
+        result = run_head(
+            hidden, weight, targets, torch.ones(70), VocabShard(0, ROWS, SIZE, None),
+            objective=Objective(temperature=2.0), top_k=top_k, whole=True, chunk=chunk,
+            grad_weight_VD=torch.zeros(ROWS, WIDTH),
+        )  # fmt: skip
+        exact = (hidden.double() @ weight.double().T)[:, :SIZE].log_softmax(1)
+        assert result.labels is not None and result.labels.log_prob_NV is not None
+        assert result.labels.log_prob_NV.shape == (70, SIZE) and result.labels.ids_NK.shape == (70, top_k)
+        assert (result.labels.log_prob_NV - exact).abs().max() < 1e-5
 
 
 def test_a_head_that_is_the_whole_vocabulary_leaves_nothing_to_draw() -> None:
@@ -331,8 +405,12 @@ def test_a_mistake_is_named() -> None:
     call("objective.weight must be from 0 to 1, got 1.5", objective=Objective(1.5))
     call("temperature above 0", objective=Objective(0.5, 0.0))
     call("top_k must be from 0 to the vocabulary's 90, got 91", top_k=91)
-    call("draws need a head", draws=draws_of(30, 2))
+    call(
+        "top_k must be 0 where draws are independent, got 2", draws=replace(draws_of(30, 2), independent=True), top_k=2
+    )
     call("chunk.columns must be None", draws=draws_of(30, 2), top_k=2, chunk=Chunk(columns=8))
+    call("chunk.columns must be None", whole=True, chunk=Chunk(columns=8))
+    call("labels.shrink must be a number, one a token, or adaptive, got some", labels=replace(labels, shrink="some"))
     call("chunk.tokens must be at least 1, got 0", chunk=Chunk(tokens=0))
     call(
         r"labels.ids_NK must be in \[0, 90\), got 0 to 90",

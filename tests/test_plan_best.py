@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from titan.plan.best import best_over, node_losses, search
-from titan.plan.bottleneck import bottleneck, limits_of, node_loss
-from titan.plan.bound import bound_s, combos, least_steps_s, numbers, possible
-from titan.plan.options import (
+from titan.plan.search.best import best_over, node_losses, search
+from titan.plan.search.bottleneck import bottleneck, limits_of, node_loss
+from titan.plan.search.bound import bound_s, combos, least_steps_s, numbers, possible
+from titan.plan.search.options import (
     Combo,
     Option,
     Pipeline,
@@ -295,7 +295,7 @@ def bottleneck_part_s(option: Option, layers: int, first: bool, last: bool) -> f
 
 
 def inequalities(problem: SearchProblem, pipeline: Sequence[PlacedStage]) -> Iterator[float]:
-    """(a), (b) and (c) of titan/plan/bound.py for every stage and neighbourhood, written from its text."""
+    """(a), (b) and (c) of titan/plan/search/bound.py for every stage and neighbourhood, written from its text."""
     times, _ = stage_times(problem, pipeline)
     micro_batches, stages = problem.micro_batches, len(pipeline)
     x = [each.forward_s + each.backward_s for each in times]

@@ -70,8 +70,25 @@ def test_a_plan_says_how_good_it_is_and_what_it_is_better_than(place: Path) -> N
 def test_the_table_and_the_timeline_are_readable_without_a_terminal(place: Path) -> None:
     result = titan("plan", "plan.toml", cwd=place)
     assert result.returncode == 0
-    for words in ("stage   device", "layers", "memory", "forward ▒  backward █", "gap ", "equal layers on all devices"):
+    expected = ("stage   device", "layers", "memory", "forward ▒  backward █", "gap ", "equal layers on all devices")
+    for words in (*expected, "schedule ", "zero-bubble is only simulated"):
         assert words in result.stdout, words
+
+
+def test_the_schedule_is_chosen_unless_the_file_says_1f1b(tmp_path: Path) -> None:
+    few = PLAN.replace("batch_size = 256", "batch_size = 8").replace("tensor = [1, 2, 4]", "tensor = [4]")
+    for name, text in (("auto", few), ("plain", few.replace("tensor =", 'schedule = "1f1b"\ntensor ='))):
+        (tmp_path / f"{name}.toml").write_text(text)
+    auto, plain = (
+        json.loads(titan("plan", f"{name}.toml", "--json", cwd=tmp_path).stdout) for name in ("auto", "plain")
+    )
+    assert (auto["schedule"], plain["schedule"], plain["chunks"]) == ("interleaved", "1f1b", 1)
+    assert len(auto["stages"]) == auto["chunks"] * (1 + max(device["stage"] for device in auto["devices"]))
+    assert auto["step_s"] == plain["schedules_step_s"]["interleaved"] < plain["step_s"]
+    assert plain["step_s"] == auto["schedules_step_s"]["1f1b"]
+    assert auto["bound_any_schedule_step_s"] == auto["bound_step_s"] <= auto["step_s"]
+    said = titan("plan", "auto.toml", cwd=tmp_path).stdout
+    assert "no layout under any schedule takes less than" in said and "schedule interleaved in " in said
 
 
 def test_a_given_layout_is_evaluated_and_not_searched(place: Path) -> None:

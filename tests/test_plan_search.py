@@ -23,16 +23,17 @@ from titan.config.planning import (
 )
 from titan.config.settings import LayoutSettings, ModelSettings, StageSettings
 from titan.errors import ConfigError
-from titan.plan import exact, joint
-from titan.plan.choices import micro_batch_choices, problems
 from titan.plan.cost import Costs, Prediction
 from titan.plan.fleet import make_fleet
-from titan.plan.joint import plan_jointly
 from titan.plan.layout import even_split, make_layout
-from titan.plan.node_loss import plans_after_node_loss
-from titan.plan.options import PlacedStage, stage_bytes, timeline_of
 from titan.plan.profile import Profile
-from titan.plan.search import layout_settings, plan_role, predict
+from titan.plan.search import exact, joint
+from titan.plan.search.choices import layout_settings, micro_batch_choices, problems
+from titan.plan.search.joint import plan_jointly
+from titan.plan.search.node_loss import plans_after_node_loss
+from titan.plan.search.options import PlacedStage, stage_bytes, timeline_of
+from titan.plan.search.role import plan_role
+from titan.plan.search.settle import predict
 
 LARGE = Path(__file__).parents[1] / "configs/inventories/three-kinds-768.toml"
 
@@ -111,7 +112,7 @@ def random_costs(rng: random.Random) -> Costs:
 def test_a_plan_is_within_its_gap_of_the_best_of_all_layouts(monkeypatch: pytest.MonkeyPatch, most_work: int) -> None:
     """By the search that large problems get, and by trying every pipeline at once."""
     monkeypatch.setattr(exact, "MOST_WORK", most_work)
-    search = SearchSettings(tensor=(1, 2))
+    search = SearchSettings(tensor=(1, 2), schedule="1f1b")
     best_found = fitting = limited = 0
     for seed in range(60):
         costs = random_costs(random.Random(seed))

@@ -16,12 +16,12 @@ from titan.config.settings import Section
 from titan.config.simulation import SimulationConfig, check_simulation, load_simulation
 from titan.errors import ConfigError
 from titan.observe.gantt import MOST_ROWS, chosen_rows, draw_gantt
-from titan.plan.failures import DAY_S, Failure, draw_failures, draw_slow_times, fleet_mtbf_s
-from titan.plan.goodput import daly_s, expected_goodput, mean_of, scaled, try_intervals, weak_scaling, young_s
-from titan.plan.outcome import PARTS
 from titan.plan.schedule import make_schedule
-from titan.plan.simulate import World, make_worlds, replay
-from titan.plan.step_times import jitter_factors, make_pipeline, many_steps, slow_steps_s
+from titan.plan.simulate.failures import DAY_S, Failure, draw_failures, draw_slow_times, fleet_mtbf_s
+from titan.plan.simulate.goodput import daly_s, expected_goodput, mean_of, scaled, try_intervals, weak_scaling, young_s
+from titan.plan.simulate.outcome import PARTS
+from titan.plan.simulate.replay import World, make_worlds, replay
+from titan.plan.simulate.step_times import jitter_factors, make_pipeline, many_steps, slow_steps_s
 from titan.plan.timeline import StageTimes, timeline
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "simulations"

@@ -140,6 +140,37 @@ def test_a_killed_run_may_be_planned_anew(workplace: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_run_trains_in_the_interleaved_layout_that_was_planned(workplace: Path) -> None:
+    """Two devices that are alike and few micro-batches: chunks make the bubble smaller."""
+    alike = SHAPE.format(blocks=f"{blocks_of('fast', 0.003)},{blocks_of('slow', 0.003)}")
+    (workplace / "alike.toml").write_text(alike)
+    text = (workplace / "planned.toml").read_text()
+    alone = text.partition("[[students]]")[0] + "[cluster]" + text.partition("[cluster]")[2]
+    (workplace / "alike-run.toml").write_text(alone.replace("profile.toml", "alike.toml"))
+    sets = ["--set", "run.name=woven", "--set", "run.steps=12", "--set", "data.batch_size=4"]
+    planned = titan("plan", "alike-run.toml", "--json", *sets, cwd=workplace)
+    assert planned.returncode == 0, planned.stderr
+    told = json.loads(planned.stdout)
+    layout, prediction = told["roles"]["teacher"], told["predictions"]["teacher"]
+    assert layout["schedule"] == "interleaved" and layout["chunks"] >= 2
+    assert prediction["step_s"] == prediction["schedules_step_s"]["interleaved"]
+    assert prediction["step_s"] < prediction["schedules_step_s"]["1f1b"]
+    assert "schedule interleaved in" in titan("plan", "alike-run.toml", *sets, cwd=workplace).stdout
+    result = titan("run", "alike-run.toml", *sets, cwd=workplace)
+    assert result.returncode == 0, result.stderr
+    ran = workplace / "runs" / "woven"
+    made = json.loads((ran / "plan.json").read_text())["roles"]["teacher"]
+    assert {key: made[key] for key in layout} == layout
+    chunks = [(stage["chunk"], stage["first_layer"], stage["end_layer"]) for stage in made["stages"]]
+    assert [chunk for chunk, _, _ in chunks] == sorted(list(range(layout["chunks"])) * 2)
+    assert [end for _, _, end in chunks[:-1]] == [first for _, first, _ in chunks[1:]] and chunks[-1][2] == 6
+    metrics = [m for m in read_metrics(ran) if isinstance(m, StepMetric) and m.role == "teacher"]
+    assert len(metrics) == 12 and metrics[-1].loss < metrics[0].loss
+    assert median(m.step_s for m in metrics[1:]) >= 0.95 * prediction["step_s"]
+    assert 'schedule = "interleaved"' in (ran / "config.toml").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "says"),
     [

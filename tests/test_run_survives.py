@@ -65,6 +65,9 @@ def test_a_killed_run_resumes_to_the_same_bits(workplace: Path, killed: Path) ->
     summary = json.loads((killed / "summary.json").read_text())
     assert summary["roles"]["early"]["labels_consumed"] == (40 - 5) * 8
     assert summary["roles"]["early"]["labels_repeated"] == 0
+    for command in ("audit", "verify"):
+        looked = titan("labels", command, "runs/killed", cwd=workplace)
+        assert looked.returncode == 0, looked.stdout + looked.stderr
 
 
 def test_a_killed_run_resumes_in_another_layout_within_rounding(workplace: Path, killed: Path) -> None:

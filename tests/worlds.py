@@ -23,7 +23,7 @@ from titan.parallel import local  # noqa: E402
 from titan.parallel.local import GLOO_TIMEOUT_S  # noqa: E402
 from titan.parallel.world import World  # noqa: E402
 from titan.plan.layout import make_layout  # noqa: E402
-from titan.tasks.causal_lm import SampleLabels  # noqa: E402
+from titan.tasks.sample_labels import SampleLabels  # noqa: E402
 from titan.train.restore import trainer_pieces, trainer_state  # noqa: E402
 from titan.train.trainer import Trainer, TrainerSettings  # noqa: E402
 
@@ -90,11 +90,19 @@ def tokens_of(step: int, batch: int = BATCH) -> np.ndarray:
 
 
 def labels_of(step: int, batch: int = BATCH, top_k: int = 4) -> SampleLabels:
-    """Labels of a made-up teacher: the next token mostly, and a few others."""
+    """Labels of a made-up teacher: some ids of which it is sure, and two draws from the rest of each token."""
     rng = np.random.default_rng(10_000 + step)
-    ids = np.argsort(rng.random((batch, LENGTH, VOCAB)), axis=-1)[..., :top_k]
-    probability = rng.dirichlet(np.ones(top_k + 1), (batch, LENGTH))[..., :top_k]
-    return SampleLabels(ids, np.log(probability).astype(np.float32))
+    ids = np.argsort(rng.random((batch, LENGTH, VOCAB)), axis=-1)[..., : top_k + 2]
+    probability = rng.dirichlet(np.ones(top_k + 1), (batch, LENGTH))
+    head, tail = probability[..., :top_k], probability[..., top_k:]
+    drawn = np.log(tail * rng.uniform(0.05, 0.5, (batch, LENGTH, 2)))
+    return SampleLabels(
+        ids[..., :top_k].astype(np.int32),
+        np.log(head).astype(np.float32),
+        "bucket",
+        ids[..., top_k:].astype(np.int32),
+        drawn.astype(np.float32),
+    )
 
 
 def save_checkpoint(trainer: Trainer, folder: Path, step: int, keep: int = 9) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 from rich.console import Console
 
+from titan.cli.labels import labels_app
 from titan.config.load import load_config
 from titan.errors import ConfigError, TitanError
 
@@ -19,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Train one large teacher and several students at the same time, on whatever accelerators there are.",
 )
+app.add_typer(labels_app, name="labels")
 RunFile = Annotated[Path, typer.Argument(help="A run.toml; docs/config.md lists its settings.", metavar="RUN.toml")]
 RunFolder = Annotated[Path, typer.Argument(help="A run folder, for example runs/quickstart.", metavar="RUN")]
 Overrides = Annotated[
@@ -102,9 +104,10 @@ def simulate(
 ) -> None:
     """What failures, slow devices and checkpoints leave of a run on up to 10,000 devices; nothing is trained."""
     from titan.cli.simulate import show_simulation
-    from titan.config.simulation import load_simulation
+    from titan.plan.simulate.planned import read_simulation
 
-    show_simulation(load_simulation(file), Console(), as_json, picture)
+    config, planned = read_simulation(file)
+    show_simulation(config, Console(), as_json, picture, planned)
 
 
 @app.command()

@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from titan.cli.plan_file import schedules_text
 from titan.cluster.planning import plan_picture, plan_run
 from titan.cluster.preflight import check_start
 from titan.cluster.session import discover, local_inventory, ray_session
@@ -46,14 +47,20 @@ def show_plan(config: RunConfig, console: Console, as_json: bool, picture: Path 
             raise ConfigError(f"--picture {picture}: there is no timeline of the teacher: {why}")
         picture.write_bytes(plan_picture(config.run.name, planned.predictions[TEACHER]))
     if as_json:
-        predictions = {role: found.to_json() for role, found in planned.predictions.items()}
+        predictions = {
+            role: found.to_json() | {"schedules_step_s": planned.schedules_s.get(role)}
+            for role, found in planned.predictions.items()
+        }
         print(json.dumps(plan_json(layouts, inventory) | {"predictions": predictions}, indent=1))
         return
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     console.print(_table(config, layouts, inventory))
     for role, found in planned.predictions.items():
-        console.print(f"{role}: {found.step_s:.3g} s a step, as predicted", highlight=False, soft_wrap=True)
+        told = f"{role}: {found.step_s:.3g} s a step, as predicted"
+        if role in planned.schedules_s:
+            told += f"; {schedules_text(found.layout, planned.schedules_s[role])}"
+        console.print(told, highlight=False, soft_wrap=True)
     for role, why in planned.unknown.items():
         console.print(f"{role}: no prediction, {why}", highlight=False, soft_wrap=True)
     total = sum(layout.num_ranks for layout in layouts.values())

@@ -1,6 +1,7 @@
 """`titan plan` for a plan file: stages on a fleet, predicted step and memory, the gap to the bound, and a timeline."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from titan.observe import words
 from titan.plan.cost import Costs, Prediction
 from titan.plan.fleet import make_fleet
 from titan.plan.given import evaluate_layout
-from titan.plan.layout import make_layout
+from titan.plan.layout import Layout, make_layout
 from titan.plan.profile import Profile
 from titan.plan.schedule import Pass
-from titan.plan.search import devices_json, plan_role
+from titan.plan.search.role import RolePlan, devices_json, plan_role
 
 WIDTH = 72
 """Columns of the timeline in a terminal."""
@@ -67,10 +68,10 @@ def show_plan_file(
         found = plan_role(costs, plan.search)
         prediction, result = found.prediction, {"name": plan.name, **found.to_json()}
         said = [
-            f"step {_seconds(found.step_s)}; no 1F1B layout takes less than {_seconds(found.bound_step_s)}: "
-            f"gap {found.gap:.1%}",
+            _bounded(found),
             _compared("equal layers on all devices", found.uniform_step_s, found.step_s),
             _compared("the best single kind", found.best_single_kind_step_s, found.step_s),
+            schedules_text(found.layout, found.schedules_s),
         ]
     if picture is not None:
         picture.write_bytes(plan_picture(plan.name, prediction))
@@ -156,6 +157,24 @@ def _timeline(prediction: Prediction) -> str:
     legend = f"     {marks}  gradients and optimizer =  idle blank"
 
     return "\n".join([*shown, legend])
+
+
+def _bounded(plan: RolePlan) -> str:
+    """The step, and how much less it could be at most under the plan's own schedule."""
+    which = "1F1B layout" if plan.layout.schedule == "1f1b" else "layout under any schedule"
+    return f"step {_seconds(plan.step_s)}; no {which} takes less than {_seconds(plan.bound_step_s)}: gap {plan.gap:.1%}"
+
+
+def schedules_text(layout: Layout, schedules_s: Mapping[str, float | None]) -> str:
+    """The schedule taken, and what the others would take."""
+    taken = layout.schedule + (f" in {layout.chunks} chunks" if layout.chunks > 1 else "")
+    told = {
+        name: "fits on none of the stages tried" if step_s is None else _seconds(step_s)
+        for name, step_s in schedules_s.items()
+        if name != layout.schedule
+    }
+    others = ", ".join(f"{name} {text}" for name, text in told.items())
+    return f"schedule {taken}; {others} (zero-bubble is only simulated, its memory not counted)"
 
 
 def _compared(what: str, other_s: float | None, step_s: float) -> str:

@@ -15,8 +15,8 @@ from titan.errors import ConfigError
 from titan.observe.files import write_whole
 from titan.observe.goodput import GoodputPicture, draw_goodput
 from titan.observe.words import duration, plural
-from titan.plan.failures import DAY_S, fleet_mtbf_s
-from titan.plan.goodput import (
+from titan.plan.simulate.failures import DAY_S, fleet_mtbf_s
+from titan.plan.simulate.goodput import (
     Goodput,
     Interval,
     Scale,
@@ -26,8 +26,9 @@ from titan.plan.goodput import (
     weak_scaling,
     young_s,
 )
-from titan.plan.outcome import PARTS, Outcome, Part
-from titan.plan.simulate import make_worlds, replay
+from titan.plan.simulate.outcome import PARTS, Outcome, Part
+from titan.plan.simulate.replay import make_worlds, replay
+from titan.plan.simulate.step_times import Pipeline
 
 PART_WORDS: dict[Part, str] = {
     "useful": "useful steps",
@@ -64,17 +65,21 @@ class Simulation:
         return max(self.intervals, key=lambda interval: interval.goodput, default=None)
 
 
-def simulate(config: SimulationConfig) -> Simulation:
-    """Replay all runs: those of the config, those of other intervals, and those of other sizes."""
-    worlds = make_worlds(config)
+def simulate(config: SimulationConfig, planned: Pipeline | None = None) -> Simulation:
+    """Replay all runs: those of the config, those of other intervals, and those of other sizes.
+
+    planned: the step, where a plan tells it
+    """
+    worlds = make_worlds(config, planned)
     outcomes = [replay(world) for world in worlds]
-    return Simulation(
-        config, outcomes[0], mean_of(outcomes), fleet_mtbf_s(config), try_intervals(worlds), weak_scaling(config)
-    )
+    scaling = weak_scaling(config, planned)
+    return Simulation(config, outcomes[0], mean_of(outcomes), fleet_mtbf_s(config), try_intervals(worlds), scaling)
 
 
-def show_simulation(config: SimulationConfig, console: Console, as_json: bool, picture: Path | None) -> None:
-    """Simulate; print a table or JSON, and write the picture if it has a place.
+def show_simulation(
+    config: SimulationConfig, console: Console, as_json: bool, picture: Path | None, planned: Pipeline | None = None
+) -> None:
+    """Simulate; print a table or JSON, and write the picture if it has a place. planned: as `simulate` takes it.
 
     Raises ConfigError where that place has no folder, or the run has too many events.
     """
@@ -82,7 +87,7 @@ def show_simulation(config: SimulationConfig, console: Console, as_json: bool, p
         raise ConfigError(
             f"--picture is {picture}, but there is no folder {picture.parent}; make it, or choose another"
         )
-    found = simulate(config)
+    found = simulate(config, planned)
     if picture is not None:
         write_whole(picture, draw_goodput(_picture(found)))
     if as_json:

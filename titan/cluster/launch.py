@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import platform
 import shutil
@@ -27,7 +28,8 @@ from titan.data.corpus import Corpus
 from titan.data.prepare import PrepareProgress, prepare_corpus
 from titan.data.sampler import Sampler
 from titan.data.shards import INDEX_FILE, TOKENIZER_FILE
-from titan.distill.log import reopen
+from titan.distill.log.manifest import MANIFEST, LogManifest, check_manifest, write_manifest
+from titan.distill.log.repair import reopen
 from titan.errors import ConfigError, DataError, RunError, StoppedError
 from titan.observe.events import EventLog, read_events
 from titan.observe.files import read_config, read_json, write_whole
@@ -178,6 +180,8 @@ def _execute(launch: Launch) -> Path:
     folder = launch.folder
     with _disk_errors(folder, then=f"`titan resume {folder}` goes on from the last checkpoint"):
         _tidy(launch.config, folder, launch.resumed)
+        if launch.config.students:
+            _sign_labels(launch)
         with EventLog(folder) as events:
             events.emit("run_started", pid=os.getpid(), host=platform.node(), version=titan.__version__)
             try:
@@ -198,6 +202,26 @@ def _execute(launch: Launch) -> Path:
             f"stopped at step {outcome.reports[TEACHER].step}; `titan resume {folder}` goes on from there"
         )
     return folder
+
+
+def _sign_labels(launch: Launch) -> None:
+    """Say in the label log what it is, or check that it is this run's. Raises LabelError if it is not."""
+    config, corpus, folder = launch.config, launch.corpus, launch.folder / "labels" / TEACHER
+    wanted = LogManifest(
+        run_id=hashlib.sha256((launch.folder / "config.toml").read_bytes()).hexdigest()[:16],
+        producer=TEACHER,
+        tokenizer_sha256=hashlib.sha256(corpus.tokenizer.path.read_bytes()).hexdigest(),
+        vocab_size=corpus.vocab_size,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        codec=config.labels.codec,
+        temperature=config.labels.temperature,
+        seed=config.run.seed,
+    )
+    if (folder / MANIFEST).exists():
+        check_manifest(folder, wanted, "write")
+    else:
+        write_manifest(folder, wanted)
 
 
 def _train(launch: Launch, events: EventLog) -> Outcome:

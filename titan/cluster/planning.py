@@ -10,9 +10,9 @@ from titan.errors import ConfigError
 from titan.observe.gantt import draw_gantt
 from titan.plan.cost import Costs, Prediction
 from titan.plan.fleet import Fleet, make_fleet
-from titan.plan.joint import plan_jointly
 from titan.plan.layout import make_layout
 from titan.plan.profile import Profile
+from titan.plan.search.joint import plan_jointly
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Planned:
     """Why there is no prediction for a role, where there is an inventory at all."""
     costs: Mapping[str, Costs] = field(default_factory=dict)
     """By role, on the devices that no other role has claimed by name."""
+    schedules_s: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    """By role, for those that were planned: step of each schedule, seconds; None where nothing fits."""
     paced: frozenset[str] = frozenset()
     """Kinds of devices that CPU ranks stand in for."""
 
@@ -37,10 +39,12 @@ def plan_run(config: RunConfig, vocab_size: int) -> Planned:
     costs = role_costs(config, vocab_size)
     _check_devices(config, next(iter(costs.values())).fleet)
     wanted = {role: costs[role] for role, settings in _roles(config).items() if settings.layout.planned}
+    schedules_s: dict[str, Mapping[str, float | None]] = {}
     if wanted:
         free = _left_over(next(iter(costs.values())).fleet, config)
         on_free = {role: Costs(cost.task, free, cost.profile) for role, cost in wanted.items()}
         plans = plan_jointly(on_free, _search(config))
+        schedules_s = {role: plan.schedules_s for role, plan in plans.items()}
         config = _with_layouts(config, {role: plan.settings for role, plan in plans.items()})
     predictions, unknown = {}, {}
     for role, settings in _roles(config).items():
@@ -50,9 +54,8 @@ def plan_run(config: RunConfig, vocab_size: int) -> Planned:
             unknown[role] = str(error)
     kinds = next(iter(costs.values())).fleet.kinds.values()
     paced = frozenset(kind.name for kind in kinds if kind.paced)
-    return Planned(
-        config, predictions, unknown, {role: _on_its_own(cost, role, config) for role, cost in costs.items()}, paced
-    )
+    on_their_own = {role: _on_its_own(cost, role, config) for role, cost in costs.items()}
+    return Planned(config, predictions, unknown, on_their_own, schedules_s, paced)
 
 
 def plan_picture(name: str, prediction: Prediction) -> bytes:

@@ -6,7 +6,7 @@ from titan.config.planning import ProfileSettings, SearchSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
 from titan.plan.profile import Profile
-from titan.plan.search import plan_role
+from titan.plan.search.role import plan_role
 
 SLOW = "-slow"
 

@@ -77,6 +77,14 @@ def _label_mistakes(config: RunConfig) -> Iterator[str]:
             "a few dozen are enough"
         )
 
+    for student in config.students:
+        loss, codec = student.distill.loss, config.labels.codec
+        if loss in ("reverse_kl", "jsd") and codec in ("sampled", "random"):
+            yield (
+                f"students.{student.name}.distill.loss is {loss!r}, which drawn labels (labels.codec {codec!r}) would "
+                "bias; set labels.codec to 'top_k' or 'full', or the loss to 'forward_kl'"
+            )
+
 
 def _plan_mistakes(config: RunConfig) -> Iterator[str]:
     """What planning needs."""

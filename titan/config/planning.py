@@ -162,6 +162,9 @@ class SearchSettings(Section):
     """Whether replicas share the optimizer's state."""
     recompute: bool = False
     """Whether only layer inputs are kept."""
+    schedule: Literal["auto", "1f1b"] = "auto"
+    """Order of passes. Layouts are searched for under 1F1B; with `auto` the best few are also tried interleaved, in 2
+    to 4 chunks, and the fastest of all is taken."""
 
 
 class PlanSettings(Section):

@@ -228,7 +228,7 @@ class StartSettings(Section):
 
 
 class DistillSettings(Section):
-    """How much a student learns from labels: loss = (1 - a) * cross-entropy + a * T^2 * KL(teacher || student)."""
+    """How much a student learns from labels: loss = (1 - a) * cross-entropy + a * T^2 * D(teacher, student)."""
 
     weight: Fraction = 0.9
     """Largest value of a; 0 makes a control that learns from text alone."""
@@ -239,6 +239,13 @@ class DistillSettings(Section):
     """Lead, in nats a token, from which on the whole weight is used."""
     ramp_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Share of the student's steps over which `ramp` rises."""
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
+    """The divergence D: KL(teacher || student), KL(student || teacher), the generalised Jensen-Shannon divergence, or
+    the mean squared difference of log-probabilities. Only `forward_kl` is unbiased with labels that are not whole."""
+    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Of `jsd`: the teacher's share of the middle distribution."""
+    shrink: Fraction | Literal["adaptive"] = 1.0
+    """How far drawn entries correct the tail of a label: 1 is unbiased, less is less noisy, 0 ignores them."""
 
 
 class StudentSettings(Section):
@@ -263,8 +270,16 @@ class StudentSettings(Section):
 class LabelSettings(Section):
     """Soft labels: what the teacher says about each token."""
 
+    codec: Literal["sampled", "top_k", "random", "full"] = "sampled"
+    """`sampled`: the most likely entries and some drawn from the rest, as many of each for a token as serve it best:
+    unbiased. `top_k`: the most likely entries, and the rest as one bucket: biased in the tail. `random`: entries drawn
+    from the whole distribution (arXiv 2503.16870): unbiased and noisy. `full`: every log-probability."""
     top_k: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Vocabulary entries sent exactly, the most likely first; the rest travels as one bucket."""
+    """Most likely entries that a label of `sampled` or `top_k` may have."""
+    draws: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Drawn entries that a label of `sampled` may have beyond those; for `random` the number of draws (50 there)."""
+    bytes_per_token: Annotated[float, Field(ge=4.0)] | None = 36.0
+    """Mean size of a label with `sampled` and `top_k`, in every sample; absent, every entry is sent."""
     temperature: Annotated[float, Field(ge=0.1, le=20.0)] = 1.0
     """T of the distillation loss, the same for all students of the run."""
 

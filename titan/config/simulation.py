@@ -29,6 +29,11 @@ class FleetSettings(Section):
     """Mean time between failures of one node, those of its devices not counted; absent for none."""
     repair_hours: NonNegativeFloat = 24.0
     """From the failure of a node until it is back, as a spare."""
+    shrinks: bool = True
+    """Whether a run can go on without one of these nodes; with `plan`, whether anything fits then."""
+    shrunk_step_s: PositiveFloat | None = None
+    """Seconds of a step without one of these nodes; absent for the fleet's speed without it. With `plan`, what the
+    planner finds for that loss."""
 
 
 class PositionSettings(Section):
@@ -132,6 +137,9 @@ class SimulationConfig(Section):
     """Steps after which the run ends before that."""
     repeats: PositiveInt = 8
     """Runs of different chance, whose mean is told."""
+    plan: str | None = None
+    """Path of a plan file, from this file's folder, whose devices and best plan stand for `nodes`, `devices_per_node`
+    and `step`."""
     weak_scaling: tuple[PositiveInt, ...] = ()
     """Numbers of devices for the curve: the same step on smaller and larger fleets of the same mixture."""
     fleet: Annotated[tuple[FleetSettings, ...], Field(min_length=1)]

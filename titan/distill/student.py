@@ -6,14 +6,16 @@ from typing import Any
 import numpy as np
 
 from titan.config.settings import StudentSettings
-from titan.distill.codec import LabelBlock
+from titan.distill.codec.block import LabelBlock
 from titan.distill.lead import LeadTracker, distillation_weight
-from titan.distill.log import FINISHED, Commit, LabelReader
+from titan.distill.log.ledger import Ledger, Place
+from titan.distill.log.reader import LabelReader
+from titan.distill.log.records import FINISHED, Commit
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.role import RoleRank
 from titan.ops.head import Objective
 from titan.platform.device import Platform
-from titan.tasks.causal_lm import SampleLabels
+from titan.tasks.sample_labels import SampleLabels
 
 
 class StudentRank(RoleRank):
@@ -28,12 +30,15 @@ class StudentRank(RoleRank):
         """Teacher step after which the student started; None before."""
         self.consumed, self.missed, self.repeated, self.max_lag = 0, 0, 0, 0
         self.label_bytes, self.label_tokens = 0, 0
+        self.ledger: Ledger | None = None
+        """Only the lead keeps it."""
 
     def own_state(self) -> dict[str, Any]:
         """Offset and counts are committed with the weights, so that nothing is lost or learned twice."""
         names = ("consumed", "missed", "repeated", "max_lag", "label_bytes", "label_tokens")
         return {
             "start_step": self.start_step,
+            "place": None if self.start_step is None else [self.step + 1, 0],
             "lead": vars(self.tracker),
             "counts": {name: getattr(self, name) for name in names},
         }
@@ -48,13 +53,29 @@ class StudentRank(RoleRank):
     def train(self) -> RoleReport:
         """Learn every step from the start to the end of the log."""
         reader = LabelReader(self.spec.label_folder, self.config.cluster.step_timeout_s)
+        self._open_ledger()
         try:
             stopped = self._wait_for_start(reader)
             if not stopped and self.start_step is not None:
                 stopped = self._learn(reader)
         finally:
             reader.close()
-        return self.finish(stopped, self._accounting())
+        report = self.finish(stopped, self._accounting())
+        if self.ledger is not None:
+            self.ledger.close()
+        return report
+
+    def _open_ledger(self) -> None:
+        """On the lead: go on with the ledger where the checkpoint was made."""
+        if self.world.is_lead:
+            self.ledger = Ledger(self.spec.run_folder, self.spec.role)
+            self.ledger.rewind(self.steps_made())
+
+    def save_checkpoint(self) -> None:
+        """A checkpoint is never ahead of the ledger."""
+        if self.ledger is not None:
+            self.ledger.make_durable()
+        super().save_checkpoint()
 
     def steps_made(self) -> int:
         """Steps since the student's start."""
@@ -114,17 +135,18 @@ class StudentRank(RoleRank):
         own_step, own_steps = self.step - self.start_step, self.config.run.steps - self.start_step
         weight = distillation_weight(self.student.distill, self.tracker.lead, own_step, own_steps)
         temperature = self.config.labels.temperature
-        labels = SampleLabels(
-            np.concatenate([block.ids_BSK for block in blocks]),
-            np.concatenate([block.log_prob_at(temperature) for block in blocks]),
-        )
+        distill = self.student.distill
+        labels = SampleLabels.cat([block.labels.at(temperature) for block in blocks])
         result = self.trainer.step(
             _tokens(blocks),
             self.trainer.learning_rate(own_step, own_steps),
-            Objective(weight, temperature),
+            Objective(weight, temperature, loss=distill.loss, beta=distill.beta),
             labels=labels,
+            shrink=distill.shrink,
             votes=self.stop_vote(),
         )
+        if self.ledger is not None:
+            self.ledger.note(own_step, Place(self.step, 0), Place(self.step + 1, 0), "consumed")
         self.watch_pace(result)
         self.tracker.add(commit.cross_entropy, result.cross_entropy)
         loss = (1 - weight) * result.cross_entropy + weight * temperature**2 * result.divergence
@@ -150,7 +172,7 @@ class StudentRank(RoleRank):
         self.repeated += samples if commit.step <= self.step else 0
         self.max_lag = max(self.max_lag, lag)
         self.label_bytes += size
-        self.label_tokens += sum(block.ids_BSK.shape[0] * block.ids_BSK.shape[1] for block in blocks)
+        self.label_tokens += sum(block.tokens_BS1.shape[0] * (block.tokens_BS1.shape[1] - 1) for block in blocks)
 
     def _accounting(self) -> dict[str, float]:
         return {

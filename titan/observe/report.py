@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan.config.settings import LayoutSettings, ModelSettings, RunConfig, StudentSettings
+from titan.config.settings import LabelSettings, LayoutSettings, ModelSettings, RunConfig, StudentSettings
 from titan.observe import figure, words
 from titan.observe.events import event_text, event_time_s, read_events
 from titan.observe.files import Record, read_config, read_json, write_whole
@@ -173,12 +173,24 @@ def _student_records(config: RunConfig, metrics: Sequence[Metric], summary: Reco
     return records
 
 
+def _label_fact(labels: LabelSettings) -> str:
+    """How labels are made, in words."""
+    size = "" if labels.bytes_per_token is None else f" in {labels.bytes_per_token:g} bytes a token"
+    made = {
+        "sampled": f"the likeliest, up to {labels.top_k}, and some drawn from the rest{size}",
+        "top_k": f"the likeliest, up to {labels.top_k}, and the rest as one bucket{size}",
+        "random": f"{labels.draws} draws",
+        "full": "every log-probability",
+    }
+    return f"{made[labels.codec]}; temperature {labels.temperature:g}"
+
+
 def _facts(config: RunConfig, summary: Record, this_part: Sequence[Record]) -> list[tuple[str, str]]:
     started = next((event for event in this_part if event["event"] == "run_started"), {})
     facts = [
         ("seed", str(config.run.seed)),
         ("batch", f"{config.data.batch_size} samples of {config.data.sequence_length} tokens, the same for every role"),
-        ("labels", f"top {config.labels.top_k} and one bucket, temperature {config.labels.temperature:g}"),
+        ("labels", _label_fact(config.labels)),
     ]
     if summary.get("wall_s") is not None:
         facts.append(("wall time", words.duration(summary["wall_s"])))

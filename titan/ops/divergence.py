@@ -1,48 +1,261 @@
-"""How far a student is from its teacher, and the gradient of that, from the few numbers that one look gave.
+"""How far a student is from its teacher, and the gradient of that, from what looks at the logits gave.
 
-Shape letters as in titan.ops.head.
+A loss is a function D(q) of the student's class probabilities. With s_c = q_c dD/dq_c its gradient in logits / T is
+s_c - q_c S, where S is the sum of all s: a multiple of q plus, for sparse labels, values at the label's ids. So all
+losses need of a class is its part of D and its s (`contributions`).
+
+Shape letters as in titan.ops.head; C classes of any kind.
 """
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from titan.ops.label import SparseLabels
-from titan.ops.look import Look
+from titan.ops.label import DenseLabels, SparseLabels
+from titan.ops.look import Look, TiledLogits, VocabShard
 
+Loss = Literal["forward_kl", "reverse_kl", "jsd", "mse"]
 SMALLEST_TAIL = 1e-6
 """Floor of a tail mass in float32: below it 1 - Q is rounding noise."""
+SMALLEST_LOG_PROB = -1e4
+"""Log of a teacher's probability of zero: times zero it is 0, not NaN."""
 
 
-def soft_terms(look: Look, labels: SparseLabels, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def contributions(log_p_NC: Tensor, log_q_NC: Tensor, loss: Loss, beta: float) -> tuple[Tensor, Tensor]:
+    """Each class's part of D, and q_c dD/dq_c up to a multiple of q_c, which changes no gradient.
+
+    forward_kl: KL(p || q)          reverse_kl: KL(q || p)
+    jsd:        beta KL(p || M) + (1 - beta) KL(q || M) with M = beta p + (1 - beta) q  (arXiv 2306.13649, eq. 1)
+    mse:        (log p - log q)^2
+    """
+    lead_NC = log_q_NC - log_p_NC
+    if loss == "mse":
+        return lead_NC.square(), 2.0 * lead_NC
+    if loss == "forward_kl":
+        p_NC = log_p_NC.exp()
+        return -p_NC * lead_NC, -p_NC
+    q_NC = log_q_NC.exp()
+    if loss == "reverse_kl":
+        slope_NC = q_NC * lead_NC
+        return slope_NC, slope_NC
+    log_middle_NC = torch.logaddexp(log_p_NC + math.log(beta), log_q_NC + math.log1p(-beta))
+    slope_NC = (1.0 - beta) * q_NC * (log_q_NC - log_middle_NC)
+    return beta * log_p_NC.exp() * (log_p_NC - log_middle_NC) + slope_NC, slope_NC
+
+
+# --- sparse labels ---
+
+
+def check_loss(labels: SparseLabels | DenseLabels | None, loss: str, beta: float) -> None:
+    """Raise ValueError for a loss that there is not, or that the labels cannot give."""
+    if loss not in Loss.__args__:  # type: ignore[attr-defined]
+        raise ValueError(f"objective.loss must be forward_kl, reverse_kl, jsd or mse, got {loss}")
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"objective.beta must be between 0 and 1, got {beta}; at the ends use forward_kl or reverse_kl"
+        )
+    if not isinstance(labels, SparseLabels) or loss == "forward_kl":
+        return
+    if labels.tail == "none":
+        raise ValueError(
+            f"objective.loss {loss} needs the teacher's own probabilities, got labels.tail none;"
+            " use tail bucket, whole labels, or forward_kl"
+        )
+    if loss != "mse" and labels.draw_ids_NM is not None:
+        raise ValueError(
+            f"objective.loss {loss} is not linear in the teacher's probabilities, so draws would bias it;"
+            " use labels without draws, whole labels, or forward_kl"
+        )
+
+
+def sparse_terms(
+    look: Look, labels: SparseLabels, temperature: float, loss: Loss, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Divergence from the teacher, and its gradient in logits / T: a multiple of q plus values at the label's ids.
 
-    Weights that sum to one (a renormalised top k, or sampled ids): q - p.
-    A head and its tail as one bucket, with r = (1 - P) / (1 - Q) of the masses behind the heads: q - p on the head and
-    (1 - r) q on the tail. Draws j of the tail add -(shrink / M) (1 - P) w_j at j, where w_j = 1 - q~_j / p~_j compares
-    the distributions within the tail: the student's own tail is the control variate, so that with shrink 1 the
-    gradient is that of the whole distribution on average, and its noise vanishes as the student learns.
+    Weights that sum to one (a renormalised top k, or sampled ids), forward KL only: q - p.
+    A head and its tail as one bucket: D over K + 1 classes. It is exact on the head and knows nothing of the
+    distribution within the tail, so it is a lower bound of the whole D, and biased. In forward KL draws of the tail
+    correct it (`_correct`). Reverse KL and JSD have this form alone: they are not linear in p.
+    mse: the mean of (log p - log q)^2 over the given ids, head and draws. The student's log q depends on all logits,
+    but other ids are missing from the mean, and the given ones were chosen by their probability: biased.
     """
     log_q_NJ = look.picked_NJ[:, 1:] / temperature - look.log_sum_exp_N2[:, 1:]
     head = labels.ids_NK.shape[1]
     log_q_NK, log_q_NM = log_q_NJ[:, :head], log_q_NJ[:, head:]
-    present_NK = labels.log_prob_NK > -torch.inf
-    p_NK = labels.log_prob_NK.exp()
-    divergence_N = (p_NK * (labels.log_prob_NK - log_q_NK)).where(present_NK, 0.0).sum(dim=1)
-    if labels.tail == "none":
-        return divergence_N, p_NK.sum(dim=1), -p_NK
+    if loss == "mse" or labels.tail == "none":
+        both = loss == "mse" and labels.draw_log_prob_NM is not None
+        log_p_NJ = torch.cat(labels.log_probs(), dim=1) if both else labels.log_prob_NK
+        return _open(log_p_NJ, log_q_NJ, loss, beta)
+    divergence_N, multiple_N, values_NK, ratio_N, teacher_tail_N = _bucket(labels.log_prob_NK, log_q_NK, loss, beta)
+    if labels.draw_log_prob_NM is None:
+        return divergence_N, multiple_N, values_NK
+    added_N, values_NM = _correct(labels, log_q_NM, ratio_N, teacher_tail_N)
+    return divergence_N + added_N, multiple_N, torch.cat([values_NK, values_NM], dim=1)
+
+
+def _open(log_p_NJ: Tensor, log_q_NJ: Tensor, loss: Loss, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the given ids alone."""
+    present_NJ = log_p_NJ > -torch.inf
+    part_NJ, slope_NJ = contributions(log_p_NJ.where(present_NJ, 0.0), log_q_NJ, loss, beta)
+    part_NJ, slope_NJ = part_NJ.where(present_NJ, 0.0), slope_NJ.where(present_NJ, 0.0)
+    if loss == "mse":
+        count_N1 = present_NJ.sum(dim=1, keepdim=True).clamp_min(1)
+        part_NJ, slope_NJ = part_NJ / count_N1, slope_NJ / count_N1
+    return part_NJ.sum(dim=1), -slope_NJ.sum(dim=1), slope_NJ
+
+
+def _bucket(
+    log_p_NK: Tensor, log_q_NK: Tensor, loss: Loss, beta: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of the head and the rest as one more class b: s - q S on the head, and (s_b / q_b - S) q on the tail.
+
+    returns: D, multiple of q, values at the head's ids, (1 - P) / (1 - Q) of the masses behind the head, 1 - P
+    """
+    present_NK = log_p_NK > -torch.inf
     q_NK = log_q_NK.exp().where(present_NK, 0.0)
-    teacher_tail_N = (1.0 - p_NK.sum(dim=1)).clamp_min(SMALLEST_TAIL)
+    # A teacher's large entries have exact logarithms, so its tail is known well beyond float32; the student's is not.
+    teacher_tail_N = (1.0 - log_p_NK.double().exp().sum(dim=1)).clamp_min(SMALLEST_TAIL).float()
     student_tail_N = (1.0 - q_NK.sum(dim=1)).clamp_min(SMALLEST_TAIL)
-    ratio_N = teacher_tail_N / student_tail_N
-    bucket_N = teacher_tail_N * ratio_N.log()
-    values_NJ = ratio_N[:, None] * q_NK - p_NK
-    if labels.draw_ids_NM is None or labels.draw_log_prob_NM is None:
-        return divergence_N + bucket_N, 1.0 - ratio_N, values_NJ
+    part_NK, slope_NK = contributions(log_p_NK.where(present_NK, 0.0), log_q_NK, loss, beta)
+    part_NK, slope_NK = part_NK.where(present_NK, 0.0), slope_NK.where(present_NK, 0.0)
+    part_N, slope_N = contributions(teacher_tail_N.log(), student_tail_N.log(), loss, beta)
+    ratio_N = slope_N / student_tail_N
+    return (
+        part_NK.sum(dim=1) + part_N,
+        ratio_N - slope_NK.sum(dim=1) - slope_N,
+        slope_NK - q_NK * ratio_N[:, None],
+        teacher_tail_N / student_tail_N,
+        teacher_tail_N,
+    )
+
+
+def _correct(labels: SparseLabels, log_q_NM: Tensor, ratio_N: Tensor, teacher_tail_N: Tensor) -> tuple[Tensor, Tensor]:
+    """What draws j of the tail add to the bucket's forward KL, and to its gradient at j.
+
+    The gradient gets -(shrink / M) (1 - P) w_j, where w_j = 1 - q~_j / p~_j compares the distributions within the
+    tail: the student's own tail is the control variate, so that with shrink 1 the gradient is that of the whole
+    distribution on average, and its noise vanishes as the student learns. The divergence gets the mean of
+    (1 - P) log(p~_j / q~_j), whatever the shrinkage.
+    """
+    assert labels.draw_log_prob_NM is not None
     drawn_NM = labels.draw_log_prob_NM > -torch.inf
-    share_N1 = (teacher_tail_N / drawn_NM.sum(dim=1).clamp_min(1))[:, None]
-    lead_NM = (labels.draw_log_prob_NM - log_q_NM).where(drawn_NM, 0.0)  # log p - log q
-    tail_N = (share_N1 * lead_NM).sum(dim=1).where(drawn_NM.any(dim=1), bucket_N)
-    weight_NM = (1.0 - ratio_N[:, None] * (-lead_NM).exp()).where(drawn_NM, 0.0)
-    shrink = labels.shrink if isinstance(labels.shrink, float) else labels.shrink[:, None]
-    values_NJ = torch.cat([values_NJ, -shrink * share_N1 * weight_NM], dim=1)
-    return divergence_N + tail_N, 1.0 - ratio_N, values_NJ
+    count_N1 = drawn_NM.sum(dim=1, keepdim=True).clamp_min(1)
+    share_N1 = teacher_tail_N[:, None] / count_N1
+    log_odds_NM = labels.draw_log_prob_NM - log_q_NM - ratio_N.log()[:, None]  # log(p~ / q~)
+    log_odds_NM = log_odds_NM.where(drawn_NM, 0.0)
+    weight_NM = -torch.expm1(-log_odds_NM)
+    if isinstance(labels.shrink, Tensor):
+        shrink: float | Tensor = labels.shrink[:, None]
+    elif labels.shrink == "adaptive":
+        tail_prob_NM = (labels.draw_log_prob_NM.exp() / teacher_tail_N[:, None]).clamp_max(1.0)
+        shrink = adaptive_shrink(weight_NM, tail_prob_NM, labels.shrink_tokens * count_N1)
+    else:
+        shrink = float(labels.shrink)
+    return (share_N1 * log_odds_NM).sum(dim=1), -shrink * share_N1 * weight_NM
+
+
+def adaptive_shrink(weight_NM: Tensor, tail_prob_NM: Tensor, draws_N1: Tensor) -> Tensor:
+    """[N, 1]: the shrinkage that minimises the expected squared error of the gradient in logits, as the draws tell it.
+
+    The tail's missing part d = p~ - q~ is estimated by x = (1 / M) sum_j e_j w_j with mean d. In a mean over n tokens
+    that have the same d, with M independent draws each,
+        E |shrink x - d|^2 = (1 - shrink)^2 |d|^2 + shrink^2 (E w^2 - |d|^2) / (n M), which is smallest at
+        shrink = n M |d|^2 / (E w^2 + (n M - 1) |d|^2),   where |d|^2 = E_{j ~ p~}[p~_j w_j^2]
+    so that the draws themselves tell both: the means of w_j^2 and of p~_j w_j^2. 1 where w is 0.
+
+    draws_N1: n M
+    It assumes independent draws: spread ones are less noisy, so it shrinks too much, but little. It is biased, by
+    shrinking and because the same draws tell how much.
+    """
+    square_N1 = weight_NM.square().sum(dim=1, keepdim=True)
+    signal_N1 = (tail_prob_NM * weight_NM.square()).sum(dim=1, keepdim=True)
+    shrink_N1 = draws_N1 * signal_N1 / (square_N1 + (draws_N1 - 1) * signal_N1)
+    return shrink_N1.where(square_N1 > 0, 1.0)
+
+
+# --- the whole distribution ---
+
+
+@dataclass(frozen=True)
+class DenseTeacher:
+    """A teacher's distributions of a chunk of tokens on this rank's columns, and how a student is held against them."""
+
+    labels: DenseLabels
+    logits: TiledLogits | None
+    """Where the labels are hidden states."""
+    shard: VocabShard
+    temperature: float
+    loss: Loss
+    beta: float
+
+    def of(self, tile: VocabShard) -> Tensor:
+        """Logits / T of a tile's real columns, at least float32."""
+        real = tile.real()
+        if self.labels.logits_NV is None:
+            assert self.logits is not None
+            logits_NV = self.logits.of(real)
+        else:
+            logits_NV = self.labels.logits_NV[:, real.within(self.shard)]
+        return _wide(logits_NV) / self.temperature
+
+    def log_norm(self, tiles: Sequence[VocabShard]) -> Tensor:
+        """[N, 1] log-sum-exp of logits / T over the whole vocabulary."""
+        log_norm_PN = torch.stack([self.of(tile).logsumexp(dim=1) for tile in tiles]).double()
+        if self.shard.group is not None:
+            own_N = log_norm_PN.logsumexp(dim=0)
+            parts = [torch.empty_like(own_N) for _ in range(self.shard.group.size())]
+            dist.all_gather(parts, own_N, group=self.shard.group)
+            log_norm_PN = torch.stack(parts)
+        return log_norm_PN.logsumexp(dim=0).float()[:, None]
+
+
+@dataclass(frozen=True)
+class DenseTerms:
+    """Divergence of each token, and what the gradient of a tile needs to know of all others."""
+
+    divergence_N: Tensor
+    slope_N1: Tensor
+    """S, the sum of s over the vocabulary."""
+    log_norms: tuple[Tensor, Tensor]
+    """[N, 1] each, of logits / T: the teacher's and the student's."""
+
+
+def dense_terms(look: Look, teacher: DenseTeacher, student: TiledLogits, tiles: Sequence[VocabShard]) -> DenseTerms:
+    """Divergence from the teacher's whole distribution, exact; two looks at its logits, one more at the student's."""
+    log_norms = teacher.log_norm(tiles), look.log_sum_exp_N2[:, 1:]
+    sums_N2 = torch.zeros_like(look.log_sum_exp_N2, dtype=torch.float64)
+    for tile in tiles:
+        part_NV, slope_NV, _ = _parts(student.of(tile), teacher, tile, log_norms)
+        sums_N2 += torch.stack([part_NV.sum(dim=1), slope_NV.sum(dim=1)], dim=1)
+    if teacher.shard.group is not None:
+        dist.all_reduce(sums_N2, group=teacher.shard.group)
+    return DenseTerms(sums_N2[:, 0].float(), sums_N2[:, 1:].float(), log_norms)
+
+
+def dense_gradient(logits_NV: Tensor, teacher: DenseTeacher, tile: VocabShard, terms: DenseTerms) -> Tensor:
+    """Gradient of the divergence in a tile's real logits / T: s - q S."""
+    _, slope_NV, log_q_NV = _parts(logits_NV, teacher, tile, terms.log_norms)
+    return slope_NV.sub_(log_q_NV.exp_().mul_(terms.slope_N1))
+
+
+def _parts(
+    logits_NV: Tensor, teacher: DenseTeacher, tile: VocabShard, log_norms: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Parts of D, s, and log q of a tile's real columns; mse is a mean over the vocabulary."""
+    log_p_NV = teacher.of(tile).sub_(log_norms[0]).clamp_min_(SMALLEST_LOG_PROB)
+    log_q_NV = (_wide(logits_NV[:, : log_p_NV.shape[1]]) / teacher.temperature).sub_(log_norms[1])
+    part_NV, slope_NV = contributions(log_p_NV, log_q_NV, teacher.loss, teacher.beta)
+    if teacher.loss == "mse":
+        part_NV, slope_NV = part_NV / tile.size, slope_NV / tile.size
+    return part_NV, slope_NV, log_q_NV
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x if x.dtype == torch.float64 else x.float()

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan.ops.divergence import soft_terms
-from titan.ops.label import SparseLabels, TailDraws, TeacherSays
-from titan.ops.look import Look, VocabShard, merge
+from titan.ops.divergence import DenseTeacher, DenseTerms, Loss, check_loss, dense_gradient, dense_terms, sparse_terms
+from titan.ops.label import DenseLabels, SparseLabels, TailDraws, TeacherSays
+from titan.ops.look import Look, TiledLogits, VocabShard, merge
 from titan.ops.says import teacher_says
 from titan.ops.vocab import vocab_gradient_, vocab_statistics
 
@@ -25,18 +25,22 @@ CHUNK_TOKENS = 256
 """At least so many tokens of a chunk: the weight's gradient is read and written once a chunk."""
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits held at a time where that is more: 4 MB of float32 stay in a core's cache; a GPU wants more at once."""
-PRODUCT_ROWS = 4096
-"""Rows of the output weight multiplied at a time on a CPU: MKL packs them all first, in memory and time that show."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """loss = (1 - weight) * cross-entropy + weight * T^2 * KL(teacher || student) + z_loss * log_sum_exp^2, a token."""
+    """loss = (1 - weight) * cross-entropy + weight * T^2 * D(teacher, student) + z_loss * log_sum_exp^2, a token."""
 
     weight: float = 0.0
     temperature: float = 1.0
     z_loss: float = 0.0
     """Keeps the softmax's normaliser near 1 (arXiv 2204.02311, section 5); always at temperature 1."""
+    loss: Loss = "forward_kl"
+    """D at temperature T (titan.ops.divergence.contributions): KL(p || q), KL(q || p), generalised JSD, or the mean
+    squared difference of log-probabilities. Of sparse labels only forward KL with draws is unbiased."""
+    beta: float = 0.5
+    """Of jsd: the teacher's share of the middle, between 0 and 1. D goes to 0 at both ends, as beta KL(p || q) and as
+    (1 - beta) KL(q || p)."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class HeadResult:
     cross_entropy: Tensor
     """float64 scalar, nats, weighted sum over tokens."""
     divergence: Tensor
-    """float64 scalar, nats: KL(teacher || student) at temperature T as the labels tell it, weighted sum over tokens."""
+    """float64 scalar, nats: the objective's D at temperature T as the labels tell it, weighted sum over tokens."""
     squared_log_norm: Tensor
     """float64 scalar: log_sum_exp^2, weighted sum over tokens."""
     grad_hidden_ND: Tensor | None
@@ -72,11 +76,12 @@ def run_head(
     shard: VocabShard,
     *,
     objective: Objective,
-    labels: SparseLabels | None = None,
+    labels: SparseLabels | DenseLabels | None = None,
     grad_weight_VD: Tensor | None = None,
     grad_scale: float = 1.0,
     top_k: int = 0,
     draws: TailDraws | None = None,
+    whole: bool = False,
     chunk: Chunk | None = None,
 ) -> HeadResult:
     """Loss of every token, and in training the gradients, in one pass over chunks.
@@ -85,46 +90,47 @@ def run_head(
     labels:    needed when objective.weight > 0
     grad_weight_VD: float32 buffer to add the weight's gradient to; None runs forward only
     grad_scale: what the summed loss is multiplied by before gradients (1 / global token count, times a loss scale)
-    top_k:     entries a label wants, 0 for none;  draws: what it wants of the tail
+    top_k:     entries a label wants, 0 for none;  draws: what it wants of the rest;  whole: if it wants all
     raises:    ValueError naming the argument
     """
     chunk = chunk or Chunk()
-    _check(hidden_ND, weight_VD, targets_N, token_weight_N, shard, objective, top_k, draws, chunk)
-    if labels is not None:
-        labels.check(len(hidden_ND), shard.size)
+    _check(hidden_ND, weight_VD, targets_N, token_weight_N, shard, objective, chunk)
+    _check_labels(len(hidden_ND), shard, objective, labels, top_k, draws, whole, chunk)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden_ND.device)
     grad_hidden_ND = torch.empty_like(hidden_ND) if grad_weight_VD is not None else None
     says: list[TeacherSays] = []
     tiles = list(_tiles(shard, chunk))
     parts = list(_token_chunks(hidden_ND, shard, chunk))
-    space = hidden_ND.new_empty(len(hidden_ND[parts[0]]) * tiles[0].rows if parts else 0)
+    elements = len(hidden_ND[parts[0]]) * tiles[0].rows if parts else 0
+    space = hidden_ND.new_empty(elements)
+    teacher_space = _teacher_space(labels, elements)
     for part in parts:
-        hidden, targets, weight_N = hidden_ND[part], targets_N[part, None], token_weight_N[part]
+        targets, weight_N = targets_N[part, None], token_weight_N[part]
+        student = TiledLogits(hidden_ND[part], weight_VD, shard, space)
         part_labels = None if labels is None else labels.rows(part)
-        ids_NJ = targets if part_labels is None else torch.cat([targets, *part_labels.ids()], dim=1)
+        ids_NJ = torch.cat([targets, *part_labels.ids()], dim=1) if isinstance(part_labels, SparseLabels) else targets
         wanted = top_k if draws is None else min(top_k + 1, shard.size)
-        seen = []
-        for tile in tiles:
-            logits = _logits(hidden, weight_VD, shard, tile, space)
-            seen.append(vocab_statistics(logits, ids_NJ, wanted, tile.start, shard.size, objective.temperature))
+        seen = [
+            vocab_statistics(student.of(tile), ids_NJ, wanted, tile.start, shard.size, objective.temperature)
+            for tile in tiles
+        ]
         look = merge(seen, shard, objective.temperature)
-        terms = _terms(look, part_labels, objective)
+        teacher = _teacher(part_labels, shard, objective, teacher_space)
+        dense = None if teacher is None else dense_terms(look, teacher, student, tiles)
+        terms = _terms(look, part_labels, dense, objective)
         sums += (terms.losses_N3.double() * weight_N[:, None]).sum(dim=0)
-        if top_k:
-            says.append(teacher_says(look, logits, top_k, draws and draws.rows(part), objective.temperature, shard))
+        if top_k or draws is not None or whole:
+            logits, part_draws = student.of(tiles[0]), draws and draws.rows(part)
+            says.append(teacher_says(look, logits, top_k, part_draws, objective.temperature, shard, whole))
         if grad_hidden_ND is None or grad_weight_VD is None:
             continue
-        scale_N = (weight_N * grad_scale)[:, None]
+        scale_N1 = (weight_N * grad_scale)[:, None]
         for tile in tiles:
-            if len(tiles) > 1:
-                logits = _logits(hidden, weight_VD, shard, tile, space)
-            vocab_gradient_(
-                logits, terms.coefficient_N2 * scale_N, look.log_sum_exp_N2, ids_NJ, terms.values_NJ * scale_N,
-                tile.start, shard.size, objective.temperature,
-            )  # fmt: skip
-            rows = slice(tile.start - shard.start, tile.start - shard.start + tile.rows)
+            logits = student.take(tile)
+            _to_gradient(logits, tile, look, ids_NJ, terms, teacher, objective, scale_N1)
+            rows, first = tile.within(shard), tile is tiles[0]
             _add_gradients(
-                logits, hidden, weight_VD[rows], grad_hidden_ND[part], grad_weight_VD[rows], tile is tiles[0]
+                logits, student.hidden_ND, weight_VD[rows], grad_hidden_ND[part], grad_weight_VD[rows], first
             )
     if grad_hidden_ND is not None and shard.group is not None:
         dist.all_reduce(grad_hidden_ND, group=shard.group)
@@ -134,7 +140,7 @@ def run_head(
 
 def _check(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, token_weight_N: Tensor, shard: VocabShard,
-    objective: Objective, top_k: int, draws: TailDraws | None, chunk: Chunk,
+    objective: Objective, chunk: Chunk,
 ) -> None:  # fmt: skip
     tokens, width = hidden_ND.shape
     if weight_VD.shape != (shard.rows, width):
@@ -152,15 +158,27 @@ def _check(
         raise ValueError(f"objective.weight must be from 0 to 1, got {objective.weight}")
     if objective.temperature <= 0 or objective.z_loss < 0:
         raise ValueError(f"objective must have a temperature above 0 and a z_loss of at least 0, got {objective}")
-    if not 0 <= top_k <= shard.size:
-        raise ValueError(f"top_k must be from 0 to the vocabulary's {shard.size}, got {top_k}")
-    if draws is not None and not top_k:
-        raise ValueError("draws need a head: top_k must be at least 1, got 0")
-    if draws is not None and chunk.columns is not None:
-        raise ValueError(f"chunk.columns must be None where labels are drawn, got {chunk.columns}")
     for name, count in (("tokens", chunk.tokens), ("columns", chunk.columns)):
         if count is not None and count < 1:
             raise ValueError(f"chunk.{name} must be at least 1, got {count}")
+
+
+def _check_labels(
+    tokens: int, shard: VocabShard, objective: Objective, labels: SparseLabels | DenseLabels | None, top_k: int,
+    draws: TailDraws | None, whole: bool, chunk: Chunk,
+) -> None:  # fmt: skip
+    """What the loss is told, and what is to be said."""
+    check_loss(labels, objective.loss, objective.beta)
+    if isinstance(labels, SparseLabels):
+        labels.check(tokens, shard.size)
+    elif labels is not None:
+        labels.check(tokens, shard.real().rows)
+    if not 0 <= top_k <= shard.size:
+        raise ValueError(f"top_k must be from 0 to the vocabulary's {shard.size}, got {top_k}")
+    if draws is not None and draws.independent and top_k:
+        raise ValueError(f"top_k must be 0 where draws are independent, got {top_k}")
+    if (draws is not None or whole) and chunk.columns is not None:
+        raise ValueError(f"chunk.columns must be None where labels are drawn or whole, got {chunk.columns}")
 
 
 def _token_chunks(hidden_ND: Tensor, shard: VocabShard, chunk: Chunk) -> Iterator[slice]:
@@ -177,15 +195,41 @@ def _tiles(shard: VocabShard, chunk: Chunk) -> Iterator[VocabShard]:
         yield VocabShard(shard.start + start, min(columns, shard.rows - start), shard.size, shard.group)
 
 
-def _logits(hidden_ND: Tensor, weight_VD: Tensor, shard: VocabShard, tile: VocabShard, space: Tensor) -> Tensor:
-    """Logits of one tile, in memory that all chunks use in turn."""
-    first = tile.start - shard.start
-    logits_NV = space[: len(hidden_ND) * tile.rows].view(len(hidden_ND), tile.rows)
-    step = PRODUCT_ROWS if hidden_ND.device.type == "cpu" else max(1, tile.rows)
-    for row in range(0, tile.rows, step):
-        rows = slice(row, min(row + step, tile.rows))
-        torch.mm(hidden_ND, weight_VD[first + rows.start : first + rows.stop].t(), out=logits_NV[:, rows])
-    return logits_NV
+def _teacher_space(labels: SparseLabels | DenseLabels | None, elements: int) -> Tensor | None:
+    """Memory for the teacher's logits, where they have to be multiplied."""
+    if not isinstance(labels, DenseLabels) or labels.hidden_ND is None:
+        return None
+    return labels.hidden_ND.new_empty(elements)
+
+
+def _teacher(
+    labels: SparseLabels | DenseLabels | None, shard: VocabShard, objective: Objective, space: Tensor | None
+) -> DenseTeacher | None:
+    """The whole distributions of a chunk's tokens, where labels are that."""
+    if not isinstance(labels, DenseLabels):
+        return None
+    logits = None
+    if labels.hidden_ND is not None and labels.weight_VD is not None and space is not None:
+        logits = TiledLogits(labels.hidden_ND, labels.weight_VD, shard, space)
+    return DenseTeacher(labels, logits, shard, objective.temperature, objective.loss, objective.beta)
+
+
+def _to_gradient(
+    logits_NV: Tensor, tile: VocabShard, look: Look, ids_NJ: Tensor, terms: "_Terms", teacher: DenseTeacher | None,
+    objective: Objective, scale_N1: Tensor,
+) -> None:  # fmt: skip
+    """Turn a tile's logits into the gradient of scale * loss, in place."""
+    added, temperature = None, objective.temperature
+    if teacher is not None and terms.dense is not None:
+        added = dense_gradient(logits_NV, teacher, tile, terms.dense)
+        added *= objective.weight * temperature * scale_N1
+        temperature = 1.0  # what is left is
+    vocab_gradient_(
+        logits_NV, terms.coefficient_N2 * scale_N1, look.log_sum_exp_N2, ids_NJ, terms.values_NJ * scale_N1,
+        tile.start, tile.size, temperature,
+    )  # fmt: skip
+    if added is not None:
+        logits_NV[:, : added.shape[1]] += added
 
 
 def _add_gradients(
@@ -207,18 +251,26 @@ class _Terms:
     losses_N3: Tensor  # cross-entropy, divergence, log_sum_exp^2
     coefficient_N2: Tensor
     values_NJ: Tensor
+    dense: DenseTerms | None
+    """Where labels are whole: their part of the gradient is none of the above."""
 
 
-def _terms(look: Look, labels: SparseLabels | None, objective: Objective) -> _Terms:
-    """Cross-entropy has the gradient q - onehot and z-loss 2 l q, at temperature 1; labels add theirs."""
+def _terms(
+    look: Look, labels: SparseLabels | DenseLabels | None, dense: DenseTerms | None, objective: Objective
+) -> _Terms:
+    """Cross-entropy has the gradient q - onehot and z-loss 2 l q, at temperature 1; sparse labels add theirs."""
     log_norm_N = look.log_sum_exp_N2[:, 0]
     cross_entropy_N = log_norm_N - look.picked_NJ[:, 0]
     soft = objective.weight if labels is not None else 0.0
     dense_N = (1.0 - soft) + 2.0 * objective.z_loss * log_norm_N
     values_NJ = torch.full_like(look.picked_NJ, soft - 1.0)
     divergence_N = tempered_N = torch.zeros_like(log_norm_N)
-    if labels is not None:
-        divergence_N, multiple_N, sparse_NJ = soft_terms(look, labels, objective.temperature)
+    if dense is not None:
+        divergence_N = dense.divergence_N
+    elif isinstance(labels, SparseLabels):
+        divergence_N, multiple_N, sparse_NJ = sparse_terms(
+            look, labels, objective.temperature, objective.loss, objective.beta
+        )
         tempered_N = soft * objective.temperature * multiple_N
         values_NJ = torch.cat([values_NJ[:, :1], soft * objective.temperature * sparse_NJ], dim=1)
     if objective.temperature == 1.0:
@@ -227,4 +279,5 @@ def _terms(look: Look, labels: SparseLabels | None, objective: Objective) -> _Te
         torch.stack([cross_entropy_N, divergence_N, log_norm_N.square()], dim=1),
         torch.stack([dense_N, tempered_N], dim=1),
         values_NJ,
+        dense,
     )

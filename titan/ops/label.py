@@ -4,7 +4,7 @@ Shape letters: N tokens, K head entries, M tail draws.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Self
 
 import torch
@@ -29,12 +29,20 @@ class SparseLabels:
     """int64 ids drawn from the tail, with repetition."""
     draw_log_prob_NM: Tensor | None = None
     """float32 log-probabilities of the draws in the whole distribution; -inf where a token has fewer."""
-    shrink: float | Tensor = 1.0
-    """How far draws correct the bucket, a number or one a token [N]: 1 is unbiased, less is less noisy."""
+    shrink: float | Tensor | Literal["adaptive"] = 1.0
+    """How far draws correct the bucket, a number or one a token [N]: 1 is unbiased, less is less noisy. `adaptive`
+    chooses it for each token from its draws (titan.ops.divergence), which is biased."""
+    shrink_tokens: float = 1.0
+    """Of `adaptive`: in how many tokens what is left out is alike, so that it stays in their mean and noise does not.
+    1 is best for one token's gradient and nearly the bucket; a batch wants more: more tokens, more correction."""
 
     def ids(self) -> list[Tensor]:
         """Head and draws, as the loss looks at them."""
         return [self.ids_NK] if self.draw_ids_NM is None else [self.ids_NK, self.draw_ids_NM]
+
+    def log_probs(self) -> list[Tensor]:
+        """Of the same."""
+        return [self.log_prob_NK] if self.draw_log_prob_NM is None else [self.log_prob_NK, self.draw_log_prob_NM]
 
     def rows(self, part: slice) -> Self:
         """Labels of some of the tokens."""
@@ -42,9 +50,14 @@ class SparseLabels:
         def cut(x: Tensor | None) -> Tensor | None:
             return None if x is None else x[part]
 
-        shrink = self.shrink if isinstance(self.shrink, float) else self.shrink[part]
-        draws = cut(self.draw_ids_NM), cut(self.draw_log_prob_NM)
-        return type(self)(self.ids_NK[part], self.log_prob_NK[part], self.tail, *draws, shrink)
+        return replace(
+            self,
+            ids_NK=self.ids_NK[part],
+            log_prob_NK=self.log_prob_NK[part],
+            draw_ids_NM=cut(self.draw_ids_NM),
+            draw_log_prob_NM=cut(self.draw_log_prob_NM),
+            shrink=self.shrink[part] if isinstance(self.shrink, Tensor) else self.shrink,
+        )
 
     def check(self, tokens: int, size: int) -> None:
         """Raise ValueError for labels that cannot be right. Values are only looked at on the CPU: a GPU would wait."""
@@ -61,6 +74,10 @@ class SparseLabels:
             self._shape("draw_log_prob_NM", self.draw_log_prob_NM, (tokens, draws))
         if isinstance(self.shrink, Tensor):
             self._shape("shrink", self.shrink, (tokens,))
+        elif isinstance(self.shrink, str) and self.shrink != "adaptive":
+            raise ValueError(f"labels.shrink must be a number, one a token, or adaptive, got {self.shrink}")
+        if not self.shrink_tokens > 0:
+            raise ValueError(f"labels.shrink_tokens must be above 0, got {self.shrink_tokens}")
         if self.ids_NK.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_values(size)
 
@@ -85,8 +102,55 @@ class SparseLabels:
 
 
 @dataclass(frozen=True)
+class DenseLabels:
+    """The teacher's whole distribution of each token, on this rank's columns: logits, or what they are a product of.
+
+    Logits are of temperature 1; a constant a token changes nothing, so that log-probabilities serve too (those of p_T
+    times T). Columns beyond the real ones of the rank may be there or not, and are not looked at.
+    """
+
+    logits_NV: Tensor | None = None
+    """Any float dtype; -inf counts as a probability of e^-10000."""
+    hidden_ND: Tensor | None = None
+    """The teacher's last hidden states, as they go into the product; D is the teacher's width."""
+    weight_VD: Tensor | None = None
+    """The teacher's output weight, of the same dtype."""
+
+    def rows(self, part: slice) -> Self:
+        """Labels of some of the tokens."""
+        logits_NV = None if self.logits_NV is None else self.logits_NV[part]
+        return type(self)(logits_NV, None if self.hidden_ND is None else self.hidden_ND[part], self.weight_VD)
+
+    def check(self, tokens: int, columns: int) -> None:
+        """Raise ValueError for labels that cannot be right. columns: the real ones of this rank."""
+        if self.logits_NV is not None:
+            if self.hidden_ND is not None or self.weight_VD is not None:
+                raise ValueError("labels.hidden_ND and labels.weight_VD must be None where there are labels.logits_NV")
+            self._shape("logits_NV", self.logits_NV, tokens, columns)
+        elif self.hidden_ND is None or self.weight_VD is None:
+            raise ValueError("labels must have logits_NV, or hidden_ND and weight_VD, got neither")
+        else:
+            self._shape("hidden_ND", self.hidden_ND, tokens, 1)
+            width = self.hidden_ND.shape[1]
+            if self.weight_VD.shape[-1] != width or len(self.weight_VD) < columns:
+                shape = list(self.weight_VD.shape)
+                raise ValueError(f"labels.weight_VD must be [at least {columns}, {width}], got {shape}")
+            if self.weight_VD.dtype != self.hidden_ND.dtype:
+                raise ValueError(
+                    f"labels.weight_VD must be {self.hidden_ND.dtype} as hidden_ND is, got {self.weight_VD.dtype}"
+                )
+
+    def _shape(self, name: str, x: Tensor, tokens: int, columns: int) -> None:
+        if x.ndim != 2 or len(x) != tokens or x.shape[1] < columns:
+            raise ValueError(f"labels.{name} must be [{tokens}, at least {columns}], got {list(x.shape)}")
+
+
+@dataclass(frozen=True)
 class TailDraws:
-    """What a label wants of the tail. The same seed, sample and position give the same draws."""
+    """What a label wants of the tail. The same seed, sample and position give the same draws.
+
+    The first draws of many are what few would have been, so a label may be cut to any number of its draws.
+    """
 
     count: int
     seed: int
@@ -95,10 +159,13 @@ class TailDraws:
     """int64 sample ids."""
     position_N: Tensor
     """int64 positions within the sample."""
+    independent: bool = False
+    """Independent draws from the whole distribution, without a head (RS-KD, arXiv 2503.16870), instead of draws that
+    are spread over the tail."""
 
     def rows(self, part: slice) -> Self:
         """Of some of the tokens."""
-        return type(self)(self.count, self.seed, self.sample_N[part], self.position_N[part])
+        return replace(self, sample_N=self.sample_N[part], position_N=self.position_N[part])
 
 
 @dataclass(frozen=True)
@@ -117,6 +184,8 @@ class TeacherSays:
     """int64 ids drawn from the tail of p_T, with repetition."""
     draw_log_prob_NM: Tensor | None = None
     """float32 log-probabilities of the draws in p_T; -inf where the head is the whole vocabulary."""
+    log_prob_NV: Tensor | None = None
+    """float32 log-probabilities at temperature 1 of the whole vocabulary, without padding."""
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:

@@ -3,11 +3,14 @@
 Shape letters as in titan.ops.head.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+PRODUCT_ROWS = 4096
+"""Rows of the output weight multiplied at a time on a CPU: MKL packs them all first, in memory and time that show."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,47 @@ class VocabShard:
     size: int
     group: dist.ProcessGroup | None
     """Tensor ranks that hold the other rows; None when this rank has all."""
+
+    def real(self) -> "VocabShard":
+        """Without its rows of padding."""
+        return replace(self, rows=max(0, min(self.rows, self.size - self.start)))
+
+    def within(self, whole: "VocabShard") -> slice:
+        """Where its rows are among those of a part that holds them."""
+        return slice(self.start - whole.start, self.start - whole.start + self.rows)
+
+
+@dataclass
+class TiledLogits:
+    """Logits of a chunk of tokens, a tile at a time, in memory that all tiles and chunks use in turn."""
+
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    shard: VocabShard
+    """What the weight's rows are."""
+    space: Tensor
+    """Of hidden's dtype, as many elements as the largest tile has logits."""
+    here: int | None = None
+    """Start of the tile that the memory holds."""
+
+    def of(self, tile: VocabShard) -> Tensor:
+        """[N, rows of the tile], multiplied unless the memory still holds them."""
+        logits_NV = self.space[: len(self.hidden_ND) * tile.rows].view(len(self.hidden_ND), tile.rows)
+        if tile.start == self.here:
+            return logits_NV
+        weight_VD = self.weight_VD[tile.within(self.shard)]
+        step = PRODUCT_ROWS if self.hidden_ND.device.type == "cpu" else max(1, tile.rows)
+        for row in range(0, tile.rows, step):
+            rows = slice(row, min(row + step, tile.rows))
+            torch.mm(self.hidden_ND, weight_VD[rows].t(), out=logits_NV[:, rows])
+        self.here = tile.start
+        return logits_NV
+
+    def take(self, tile: VocabShard) -> Tensor:
+        """The same, for a caller who writes over them."""
+        logits_NV = self.of(tile)
+        self.here = None
+        return logits_NV
 
 
 @dataclass(frozen=True)

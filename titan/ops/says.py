@@ -13,19 +13,30 @@ from titan.ops.vocab import counter_uniform, vocab_statistics, vocab_tail_blocks
 
 
 def label_logits(
-    logits_NV: Tensor, top_k: int, draws: TailDraws | None, temperature: float, shard: VocabShard
+    logits_NV: Tensor,
+    top_k: int,
+    draws: TailDraws | None,
+    temperature: float,
+    shard: VocabShard,
+    whole: bool = False,
 ) -> TeacherSays:
     """The label of a chunk of logits, which may be one tensor rank's part of the vocabulary; nothing is copied."""
     wanted = top_k if draws is None else min(top_k + 1, shard.size)
     no_ids = torch.empty(len(logits_NV), 0, dtype=torch.int64, device=logits_NV.device)
     seen = vocab_statistics(logits_NV, no_ids, wanted, shard.start, shard.size, temperature)
-    return teacher_says(merge([seen], shard, temperature), logits_NV, top_k, draws, temperature, shard)
+    return teacher_says(merge([seen], shard, temperature), logits_NV, top_k, draws, temperature, shard, whole)
 
 
 def teacher_says(
-    look: Look, logits_NV: Tensor, top_k: int, draws: TailDraws | None, temperature: float, shard: VocabShard
+    look: Look,
+    logits_NV: Tensor,
+    top_k: int,
+    draws: TailDraws | None,
+    temperature: float,
+    shard: VocabShard,
+    whole: bool = False,
 ) -> TeacherSays:
-    """The label of a chunk: its head from what all parts saw, its draws from the logits."""
+    """The label of a chunk: its head from what all parts saw, its draws from the logits, and if wanted all of them."""
     log_norm_N = look.log_sum_exp_N2[:, 0]
     head_ids_NK = look.top_ids_NK[:, :top_k].contiguous()
     draw_ids_NM = draw_log_prob_NM = None
@@ -39,7 +50,18 @@ def teacher_says(
         look.entropy_N,
         draw_ids_NM,
         draw_log_prob_NM,
+        _whole(logits_NV, log_norm_N, shard) if whole else None,
     )
+
+
+def _whole(logits_NV: Tensor, log_norm_N: Tensor, shard: VocabShard) -> Tensor:
+    """Log-probabilities of the whole vocabulary; tensor ranks hold equally many rows."""
+    log_prob_NV = logits_NV.float() - log_norm_N[:, None]
+    if shard.group is None:
+        return log_prob_NV[:, : shard.size]
+    parts = [torch.empty_like(log_prob_NV) for _ in range(shard.group.size())]
+    dist.all_gather(parts, log_prob_NV, group=shard.group)
+    return torch.cat(parts, dim=1)[:, : shard.size]
 
 
 def _draw(
@@ -47,9 +69,8 @@ def _draw(
 ) -> tuple[Tensor, Tensor]:
     """[N, M] ids and logits drawn from the tail; logit -inf where the head is the whole vocabulary.
 
-    Draw j falls into the j-th of M equal slices of the tail's mass, in order of ids: each slice is hit once, so a mean
-    over the draws is as unbiased as with independent ones and never noisier. Weights are whole numbers, so that draws
-    are the same however the vocabulary is cut.
+    Weights of entries are whole numbers in order of ids, so that draws are the same however the vocabulary is cut.
+    Those below 2^-36 of the largest are 0 and are never drawn.
     """
     top_k = head_ids_NK.shape[1]
     if look.top_values_NK.shape[1] == top_k:
@@ -66,9 +87,7 @@ def _draw(
             torch.stack(parts).sum(dim=0),
             torch.stack([before_N, *parts])[: shard.group.rank() + 1].sum(0),
         )
-    uniform_NM = counter_uniform(draws.seed, draws.sample_N, draws.position_N, draws.count)
-    slice_M = torch.arange(draws.count, device=uniform_NM.device)
-    targets_NM = ((slice_M + uniform_NM) / draws.count * total_N[:, None]).floor().minimum(total_N[:, None] - 1)
+    targets_NM = (_points(draws) * total_N[:, None]).floor().minimum(total_N[:, None] - 1)
     ids_NM, drawn_NM = vocab_tail_draws(
         logits_NV,
         head_ids_NK,
@@ -84,3 +103,20 @@ def _draw(
         dist.all_reduce(found, group=shard.group)
         ids_NM, drawn_NM = found[0].long(), found[1].float()
     return ids_NM, drawn_NM
+
+
+def _points(draws: TailDraws) -> Tensor:
+    """[N, M] float64 in [0, 1): where draws fall in the mass they are drawn from.
+
+    Van der Corput's sequence 0, 1/2, 1/4, 3/4, 1/8, ... of each token, all of it turned by one uniform number. So each
+    draw alone is uniform, and any first m of them are unbiased. They are spread evenly: of the first 2^a each 2^-a of
+    the mass has one, and for any m an entry of share s is drawn m s times, give or take less than log2(m) / 3 + 1.
+    """
+    if draws.independent:
+        return counter_uniform(draws.seed, draws.sample_N, draws.position_N, draws.count)
+    turn_N1 = counter_uniform(draws.seed, draws.sample_N, draws.position_N, 1)
+    index_M = torch.arange(draws.count, device=turn_N1.device)
+    point_M = torch.zeros_like(index_M, dtype=torch.float64)
+    for bit in range(draws.count.bit_length()):
+        point_M += (index_M >> bit & 1) * 0.5 ** (bit + 1)
+    return (point_M + turn_N1) % 1.0

@@ -120,17 +120,19 @@ class Costs:
         state = parameters * bytes_per_parameter(precision, stage.shard)
         return seconds + state / self.profile.update_bytes_per_s(kind)
 
-    def predict(self, layout: Layout) -> Prediction:
-        """Everything about a layout. Raises ConfigError for what profile or inventory do not know."""
-        samples = self.task.batch_size // layout.micro_batches
-        number = len(layout.positions)
+    def samples_of(self, layout: Layout) -> int:
+        """Samples of a micro-batch, over all replicas."""
+        return self.task.batch_size // layout.micro_batches
+
+    def stage_times(self, layout: Layout) -> list[StageTimes]:
+        """Passes and messages of every stage, those of its slowest replica."""
+        samples, cut, last = self.samples_of(layout), layout.sequence_parallel, len(layout.stages) - 1
         times = []
         for stage in layout.stages:
             shares = {end - start for start, end in stage.samples(samples)}
             passes = [self.passes(stage, share) for share in shares]
-            ahead = layout.stages[stage.index + 1] if stage.index + 1 < len(layout.stages) else None
+            ahead = layout.stages[stage.index + 1] if stage.index < last else None
             behind = layout.stages[stage.index - 1] if stage.index else None
-            cut = layout.sequence_parallel
             times.append(
                 StageTimes(
                     forward_s=max(forward for forward, _ in passes),
@@ -139,17 +141,29 @@ class Costs:
                     to_previous_s=self.edge_s(stage, behind, samples, cut) if behind else 0.0,
                 )
             )
-        tails = [self.tail_s(layout.stages[position::number]) for position in range(number)]
-        schedules = [layout.actions(position) for position in range(number)]
-        line = timeline(schedules, layout.chunks, times, tails)
+        return times
+
+    def tails(self, layout: Layout) -> list[float]:
+        """Gradient exchange and optimizer of every position."""
+        number = len(layout.positions)
+        return [self.tail_s(layout.stages[position::number]) for position in range(number)]
+
+    def memory_at(self, layout: Layout, position: int) -> Memory:
+        """Of the rank at a position that needs most."""
+        stage = layout.positions[position]
+        most = max(end - start for start, end in stage.samples(self.samples_of(layout)))
+        return position_memory(self.profile, layout, position, self.kind_of(stage), most)
+
+    def predict(self, layout: Layout) -> Prediction:
+        """Everything about a layout. Raises ConfigError for what profile or inventory do not know."""
+        number, tails, times = len(layout.positions), self.tails(layout), self.stage_times(layout)
+        line = timeline([layout.actions(position) for position in range(number)], layout.chunks, times, tails)
         kinds = tuple(self.kind_of(stage) for stage in layout.positions)
-        memory = []
-        for position, kind in enumerate(kinds):
-            most = max(end - start for start, end in layout.positions[position].samples(samples))
-            memory.append(position_memory(self.profile, layout, position, kind, most))
+        memory = tuple(self.memory_at(layout, position) for position in range(number))
         limits = tuple(self.fleet.kinds[kind].memory_bytes for kind in kinds)
+        samples = self.samples_of(layout)
         paces = tuple(self._pace(layout, rank, samples, tails) for rank in range(layout.num_ranks))
-        return Prediction(layout, kinds, tuple(times), line, tuple(memory), limits, paces)
+        return Prediction(layout, kinds, tuple(times), line, memory, limits, paces)
 
     def _pace(self, layout: Layout, rank: int, samples: int, tails: list[float]) -> Pace:
         place = layout.place(rank)

@@ -1,6 +1,7 @@
 """The causal pre-training task: samples to micro-batches, and hidden states to loss, gradients and labels."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,18 +10,27 @@ from torch import Tensor
 
 from titan.model.stage import StageModel, gradient_buffer
 from titan.ops.head import HeadResult, Objective, run_head
-from titan.ops.label import SparseLabels
+from titan.ops.label import DenseLabels, SparseLabels, TailDraws
 from titan.ops.look import VocabShard
+from titan.tasks.sample_labels import SampleLabels
+
+Told = SparseLabels | DenseLabels
 
 
 @dataclass(frozen=True)
-class SampleLabels:
-    """Labels of whole samples, as they come from the log."""
+class LabelWish:
+    """What a teacher is to say of every token."""
 
-    ids_BSK: np.ndarray
-    """integer vocabulary ids."""
-    log_prob_BSK: np.ndarray
-    """float32 log-probabilities at the temperature of the loss."""
+    top_k: int = 0
+    """Most likely entries."""
+    draws: int = 0
+    """Entries drawn from the rest."""
+    independent: bool = False
+    """Draw from the whole distribution, each draw on its own."""
+    whole: bool = False
+    """All log-probabilities."""
+    seed: int = 0
+    """64 bits, of the run and the teacher's step: draws are a function of it, the sample's id and the position."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +42,14 @@ class MicroBatch:
     weight_BS: Tensor
     """float32: 0 for tokens that do not count (padding samples)."""
     labels: SampleLabels | None
+    sample_ids_B: Tensor | None = None
+    """int64; needed where labels are drawn."""
 
 
 def make_micro_batch(
-    tokens: np.ndarray, weight: np.ndarray, labels: SampleLabels | None, device: torch.device
-) -> MicroBatch:
+    tokens: np.ndarray, weight: np.ndarray, labels: SampleLabels | None, device: torch.device,
+    sample_ids: np.ndarray | None = None,
+) -> MicroBatch:  # fmt: skip
     """Predict every token from those before it.
 
     tokens: int [B, S + 1];  weight: float [B], a sample's weight
@@ -44,7 +57,8 @@ def make_micro_batch(
     both = torch.from_numpy(tokens.astype(np.int64)).to(device)
     weight_B = torch.from_numpy(weight.astype(np.float32)).to(device)
     weight_BS = weight_B[:, None].expand(-1, both.shape[1] - 1)
-    return MicroBatch(both[:, :-1], both[:, 1:], weight_BS, labels)
+    ids_B = None if sample_ids is None else torch.from_numpy(sample_ids.astype(np.int64)).to(device)
+    return MicroBatch(both[:, :-1], both[:, 1:], weight_BS, labels, ids_B)
 
 
 def vocab_shard(module: StageModel, vocab_size: int, group: dist.ProcessGroup) -> VocabShard:
@@ -61,23 +75,21 @@ def run_task_head(
     objective: Objective,
     *,
     grad_scale: float | None,
-    top_k: int = 0,
+    wish: LabelWish | None = None,
+    shrink: float | Literal["adaptive"] = 1.0,
 ) -> HeadResult:
     """Loss of a micro-batch on the last stage; in training the output weight's gradient joins the gradient buffer.
 
     hidden:     [S, B, D], or [S / tp, B, D] with sequence parallelism
     grad_scale: as in titan.ops.head; None only looks
+    shrink:     how far draws correct the bucket (titan.ops.label.SparseLabels)
     returns:    `grad_hidden_ND` reshaped like `hidden`; label rows run over (sample, position)
     """
     cut = module.config.sequence_parallel and shard.group is not None
     whole = _whole_sequence(hidden, shard) if cut else hidden
     steps, batch_size, width = whole.shape
     device = whole.device
-    sparse = None
-    if batch.labels is not None:
-        ids = torch.from_numpy(batch.labels.ids_BSK.astype(np.int64)).to(device)
-        log_prob = torch.from_numpy(batch.labels.log_prob_BSK.astype(np.float32)).to(device)
-        sparse = SparseLabels(_by_position(ids), _by_position(log_prob))
+    wish = wish or LabelWish()
     weight = module.output_weight
     result = run_head(
         whole.reshape(-1, width),
@@ -86,15 +98,42 @@ def run_task_head(
         _by_position(batch.weight_BS),
         shard,
         objective=objective,
-        labels=sparse,
+        labels=None if batch.labels is None else _told(batch.labels, shard, shrink, device),
         grad_weight_VD=None if grad_scale is None else gradient_buffer(weight),
         grad_scale=grad_scale or 0.0,
-        top_k=top_k,
+        top_k=wish.top_k,
+        draws=_draws(wish, batch) if wish.draws else None,
+        whole=wish.whole,
     )
     if result.grad_hidden_ND is not None:
         gradient = result.grad_hidden_ND.view(steps, batch_size, width)
         result.grad_hidden_ND = _own_part(gradient, shard) if cut else gradient
     return result
+
+
+def _told(labels: SampleLabels, shard: VocabShard, shrink: float | Literal["adaptive"], device: torch.device) -> Told:
+    """Labels of samples as the loss takes them."""
+
+    def on_device(array: np.ndarray, kind: type) -> Tensor:
+        return _by_position(torch.from_numpy(array.astype(kind, copy=False)).to(device))
+
+    if labels.dense_BSV is not None:
+        own = slice(shard.start, min(shard.start + shard.rows, shard.size))
+        return DenseLabels(logits_NV=on_device(np.ascontiguousarray(labels.dense_BSV[..., own]), np.float32))
+    entries = on_device(labels.ids_BSK, np.int64), on_device(labels.log_prob_BSK, np.float32)
+    if labels.draw_ids_BSM is None or labels.draw_log_prob_BSM is None:
+        return SparseLabels(*entries, labels.tail)
+    draws = on_device(labels.draw_ids_BSM, np.int64), on_device(labels.draw_log_prob_BSM, np.float32)
+    return SparseLabels(*entries, labels.tail, *draws, shrink)
+
+
+def _draws(wish: LabelWish, batch: MicroBatch) -> TailDraws:
+    """The draws of every token of a micro-batch, in the order of hidden states."""
+    assert batch.sample_ids_B is not None, "draws are seeded by sample ids"
+    samples, length = batch.tokens_BS.shape
+    sample_BS = batch.sample_ids_B[:, None].expand(samples, length)
+    position_BS = torch.arange(length, device=batch.tokens_BS.device).expand(samples, length)
+    return TailDraws(wish.draws, wish.seed, _by_position(sample_BS), _by_position(position_BS), wish.independent)
 
 
 def _by_position(x: Tensor) -> Tensor:

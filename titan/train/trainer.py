@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from titan.parallel.world import World
 from titan.plan.layout import Stage
 from titan.plan.pace import Pace
 from titan.plan.schedule import Action, forward_only
-from titan.tasks.causal_lm import MicroBatch, SampleLabels, make_micro_batch, run_task_head, vocab_shard
+from titan.tasks.causal_lm import LabelWish, MicroBatch, make_micro_batch, run_task_head, vocab_shard
+from titan.tasks.sample_labels import SampleLabels
 from titan.train.optimizer import RoleOptimizer, learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +89,9 @@ class Trainer:
         learning_rate: float,
         objective: Objective,
         labels: SampleLabels | None = None,
-        top_k: int = 0,
+        wish: LabelWish | None = None,
+        sample_ids: np.ndarray | None = None,
+        shrink: float | Literal["adaptive"] = 1.0,
         votes: list[float] | None = None,
         on_labels: Callable[[list[LabelPart]], None] | None = None,
     ) -> StepResult:
@@ -95,13 +99,15 @@ class Trainer:
 
         tokens: int [batch_size, S + 1], the same on every rank
         labels: of all samples; needed on the last stage when the objective has a weight for them
-        top_k:  entries of the labels to make, 0 for none
+        wish:   the labels to make, None for none
+        sample_ids: int64 [batch_size]; needed where labels are drawn
+        shrink: how far a label's draws correct its bucket (titan.ops.label.SparseLabels)
         votes:  summed over ranks on the way, so that all can agree on something at no cost
         on_labels: called with the labels this rank made, before the exchange that ends the step: once `step` returns
                 anywhere, it has returned from `on_labels` everywhere
         """
         begin = time.perf_counter()
-        batches = self._micro_batches(tokens, np.ones(len(tokens)), labels)
+        batches = self._micro_batches(tokens, np.ones(len(tokens)), labels, sample_ids)
         count = tokens.shape[0] * (tokens.shape[1] - 1)
         grad_scale = self.optimizer.loss_scale / count
         sums = torch.zeros(2, dtype=torch.float64)
@@ -111,8 +117,9 @@ class Trainer:
             assert self.shard is not None
             first, batch = batches[index]
             result = run_task_head(
-                self.stage.module, hidden, batch, self.shard, objective, grad_scale=grad_scale, top_k=top_k
-            )
+                self.stage.module, hidden, batch, self.shard, objective, grad_scale=grad_scale, wish=wish,
+                shrink=shrink,
+            )  # fmt: skip
             sums.add_(torch.stack([result.cross_entropy, result.divergence]).cpu())
             if result.labels is not None and self.world.place.tensor == 0:
                 parts.append(LabelPart(first, len(batch.tokens_BS), result.labels))
@@ -196,7 +203,7 @@ class Trainer:
         return {name: tensor[:, : end - start] for name, tensor in produced.items()}
 
     def _micro_batches(
-        self, tokens: np.ndarray, weight: np.ndarray, labels: SampleLabels | None
+        self, tokens: np.ndarray, weight: np.ndarray, labels: SampleLabels | None, sample_ids: np.ndarray | None = None
     ) -> list[tuple[int, MicroBatch]]:
         """Own share of every micro-batch, with the index of its first sample in the batch."""
         place, number = self.world.place, self.world.layout.micro_batches
@@ -205,8 +212,11 @@ class Trainer:
         batches = []
         for index in range(number):
             part = slice(index * size + start, index * size + end)
-            own = None if labels is None else SampleLabels(labels.ids_BSK[part], labels.log_prob_BSK[part])
-            batches.append((part.start, make_micro_batch(tokens[part], weight[part], own, self.world.platform.device)))
+            own = None if labels is None else labels.rows(part.start, part.stop)
+            ids = None if sample_ids is None else sample_ids[part]
+            batches.append(
+                (part.start, make_micro_batch(tokens[part], weight[part], own, self.world.platform.device, ids))
+            )
         return batches
 
     def _total(self, sums: torch.Tensor, votes: list[float]) -> list[float]:
