@@ -13,17 +13,21 @@ import numpy as np
 import pyarrow.flight as flight
 import pytest
 
+from tests.label_logs import MANIFEST, Producer
+from tests.label_logs import encoded as a_block
 from tests.label_nodes import TOKEN, Log, Node, encoded, label_node, learn, same
+from titan.distill.log.manifest import write_manifest
 from titan.distill.log.reader import DroppedError, LabelReader
 from titan.distill.log.records import COMMITS, FINISHED, Commit
 from titan.distill.log.retention import Retention, retain, write_place
 from titan.distill.log.ring import FeatureRing
 from titan.distill.log.segment import segments_of
+from titan.distill.log.verify import verify_log
 from titan.distill.service.client import FlightLabelReader
 from titan.distill.service.connection import Connection
 from titan.distill.service.process import ServiceProcess
 from titan.distill.service.protocol import LabelTicket, check_producer, unpack, write_address
-from titan.distill.service.replica import ReplicaWriter
+from titan.distill.service.replica import ReplicaWriter, bring_up
 from titan.distill.service.server import serve
 from titan.errors import LabelError
 
@@ -378,6 +382,48 @@ def test_a_second_copy_goes_on_after_its_end_and_after_a_torn_write(node: Node) 
         commit = near.wait_commit(step)
         assert commit is not None and len(near.read(commit)[0]) == 2
     near.close()
+
+
+def test_a_producer_that_was_killed_finds_its_second_copy_as_it_finds_the_log(node: Node, tmp_path: Path) -> None:
+    log, copy = Producer(tmp_path / "primary" / "teacher", dp=2), node.labels / "teacher"
+    write_manifest(log.folder, MANIFEST)
+    node.serve()
+
+    def writer(part: int) -> ReplicaWriter:
+        made = ReplicaWriter(node.address, TOKEN, "teacher", part, 5.0)
+        node.cleanup.append(made.close)
+        return made
+
+    def up() -> int:
+        return bring_up(log.folder, node.address, TOKEN, "teacher", 5.0)
+
+    log.steps(1, 6)
+    assert up() == 6
+    assert up() == 0
+    one, two = writer(0), writer(1)
+    log.append(7)
+    log.commit(7)  # and was killed before the copy had the commit; of step 8 the copy has a part, in another layout
+    one.append(7, a_block(7, 0, 4))
+    one.append(8, a_block(8, 0, 4))
+    assert up() == 1
+    for step in (8, 9):
+        log.append(step)
+        log.commit(step)
+    one.append(8, a_block(8, 0, 1))
+    one.append(8, a_block(8, 2, 1))
+    two.append(8, a_block(8, 1, 1))
+    two.append(8, a_block(8, 3, 1))
+    one.commit(Commit(8, (0, 1), 4, 0.8))
+    assert up() == 1
+    assert (copy / COMMITS).read_bytes() == (log.folder / COMMITS).read_bytes()
+    assert not verify_log(copy).findings
+    for part in range(2):
+        assert segments_of(copy, part)[0].read_bytes() == segments_of(log.folder, part)[0].read_bytes()
+    one.append(10, a_block(10, 0, 4))
+    one.commit(Commit(10, (0,), 4, 1.0))
+    with pytest.raises(LabelError, match=r"ends at step 9, its second copy at .* at step 10: .*copy the second copy"):
+        up()
+    log.close()
 
 
 def test_a_service_that_cannot_start_says_why(node: Node) -> None:

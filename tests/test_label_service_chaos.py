@@ -15,10 +15,12 @@ import numpy as np
 import psutil
 import pytest
 
-from tests.label_nodes import TOKEN, Log, Node, follow, label_node, learn, opaque
-from titan.distill.log.records import FINISHED
+from tests.label_nodes import TOKEN, Log, Node, encoded, follow, label_node, learn, opaque
+from titan.distill.log.records import COMMITS, FINISHED, Commit
+from titan.distill.log.segment import segments_of
 from titan.distill.service.connection import Connection
 from titan.distill.service.protocol import read_address
+from titan.distill.service.replica import ReplicaWriter
 
 
 @pytest.fixture
@@ -52,6 +54,34 @@ def test_a_killed_service_that_comes_back_elsewhere_loses_nothing(node: Node) ->
         written.result()
         assert learned.result() == list(range(1, log.step + 1))
     assert len(ports) == 3 and log.step > 50
+
+
+@pytest.mark.slow
+def test_a_second_copy_survives_kills_of_its_service(node: Node, tmp_path: Path) -> None:
+    log = Log(tmp_path / "primary")
+    service = node.spawn()
+    writer = ReplicaWriter(node.address, TOKEN, "teacher", 0, 60.0)
+    node.cleanup.append(writer.close)
+
+    def write() -> None:
+        for step in range(1, 201):
+            for first in (0, 2):
+                block = encoded(step, first, 2)
+                log.append(0, block)
+                writer.append(step, block)
+            writer.commit(Commit(step, (0,), 4, 1.0 / 3 + step))
+            log.commit(range(1), 4)
+
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(write)
+        for _ in range(3):
+            time.sleep(0.15)
+            service.kill()
+            service = node.spawn()
+        written.result()
+    copy = node.labels / "teacher"
+    assert (copy / COMMITS).read_bytes() == (log.folder / COMMITS).read_bytes()
+    assert segments_of(copy, 0)[0].read_bytes() == segments_of(log.folder, 0)[0].read_bytes()
 
 
 @pytest.mark.slow
@@ -103,13 +133,17 @@ def test_readers_that_hang_cost_the_others_nothing_and_are_let_go(node: Node) ->
         return time.monotonic() - begin
 
     alone = sorted(pass_s() for _ in range(3))[1]
-    hung = [follow(node, "print(reader.wait_commit(1), flush=True)\nwhile True:\n  for s in range(1, 28):\n   "
-                   "reader.read_raw(reader.wait_commit(s)); reader.forget(s)\n") for _ in range(3)]  # fmt: skip
+    code = (
+        "print(reader.wait_commit(1), flush=True)\n"
+        "while True:\n  for step in range(1, 28):\n    reader.read_raw(reader.wait_commit(step)); reader.forget(step)\n"
+    )
+    hung = [follow(node, code) for _ in range(3)]
     for process in hung:
         assert process.stdout is not None and "Commit" in process.stdout.readline()
     time.sleep(0.3)
     for process in hung:
         os.kill(process.pid, signal.SIGSTOP)
+    assert json.loads(connection.act("stats", b"", 5.0))["streams"] > 0, "some hang in the middle of a stream"
     beside = sorted(pass_s() for _ in range(3))[1]
     assert beside < 2.0 * alone + 0.2, (alone, beside)
     deadline = time.monotonic() + 10.0
@@ -148,8 +182,8 @@ def test_the_service_ends_when_told_even_with_a_hung_reader(node: Node) -> None:
         log.append(0, opaque(log.step + 1, 8 << 20))
         log.commit(range(1), 1)
     service = node.spawn()
-    process = follow(node, "print(reader.wait_commit(1), flush=True)\n"
-                     "while True:\n  reader.wait_commit(1); reader.read_raw(reader.wait_commit(1)); reader.wait_commit(8)")  # fmt: skip
+    code = "while True:\n  commit = reader.wait_commit(1)\n  print(len(reader.read_raw(commit)), flush=True)\n"
+    process = follow(node, code + "  reader.wait_commit(8)\n")
     assert process.stdout is not None and process.stdout.readline()
     os.kill(process.pid, signal.SIGSTOP)
     begin = time.monotonic()

@@ -4,6 +4,7 @@ A position is what holds one or several stages: with 1F1B one, with an interleav
 position p being stage c * positions + p of the model.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -80,8 +81,9 @@ def zero_bubble(position: int, positions: int, micro_batches: int) -> Schedule:
     return (*actions, *(Action(Pass.WEIGHT, index) for index in owed))
 
 
+@functools.lru_cache(maxsize=512)
 def make_schedule(name: ScheduleName, position: int, positions: int, chunks: int, micro_batches: int) -> Schedule:
-    """One training step of a position; chunks is 1 unless interleaved."""
+    """One training step of a position; chunks is 1 unless interleaved. A planner asks for the same ones again and again."""
     if name == "interleaved":
         return interleaved(position, positions, chunks, micro_batches)
     assert chunks == 1, f"{name} has one chunk a position"

@@ -22,7 +22,8 @@ BLOCK_SCHEMA = pa.schema([("block", pa.large_binary())])
 """One column: header and payload of a block."""
 DONE, REFUSED = b"+", b"-"
 """First byte of an action's answer; what follows a refusal is its reason."""
-HEALTH_ACTION, STATS_ACTION, MANIFEST_ACTION, PUT_MANIFEST_ACTION = "health", "stats", "manifest", "put_manifest"
+HEALTH_ACTION, STATS_ACTION, MANIFEST_ACTION = "health", "stats", "manifest"
+PUT_MANIFEST_ACTION, REOPEN_ACTION = "put_manifest", "reopen"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _Message = TypeVar("_Message", bound="LabelTicket | FeatureTicket | ReplicaTicket | Receipt")
 _OFFSETS = struct.Struct("<qq")

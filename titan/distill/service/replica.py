@@ -1,14 +1,21 @@
 """Writing the second copy of a log, on another node, before a step is committed."""
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow.flight as flight
 
-from titan.distill.log.records import Commit, End, encode_record
+from titan.distill.log.index import offset_of_step
+from titan.distill.log.manifest import MANIFEST
+from titan.distill.log.records import Commit, CommitCursor, End, encode_record
+from titan.distill.log.retention import first_kept
+from titan.distill.log.segment import Located, first_step_of, scan, segments_of
 from titan.distill.service.connection import Connection, Unreachable, patiently
 from titan.distill.service.protocol import (
     BLOCK_SCHEMA,
     PUT_MANIFEST_ACTION,
+    REOPEN_ACTION,
     Receipt,
     ReplicaTicket,
     block_batch,
@@ -29,6 +36,14 @@ class ReplicaWriter:
         check_producer(producer)
         self.connection = Connection(address_file, token)
         self.producer, self.part, self.timeout_s = producer, part, timeout_s
+
+    def reopen(self) -> int:
+        """Have what was not committed cut off there; the last committed step. Before the producer writes (again)."""
+        return patiently(
+            lambda stall_s: int(self.connection.act(REOPEN_ACTION, self.producer.encode(), stall_s)),
+            self.timeout_s,
+            f"the second copy of the labels of {self.producer}",
+        )
 
     def manifest(self, data: bytes) -> None:
         """Send log.json, before anything else. Raises LabelError if the other node has another log there."""
@@ -80,3 +95,70 @@ class ReplicaWriter:
         receipt = patiently(attempt, self.timeout_s, wanted)
         if receipt.error is not None:
             raise LabelError(f"{self.connection.describe()} keeps no second copy: {receipt.error}")
+
+
+def bring_up(folder: Path, address_file: Path, token: str, producer: str, timeout_s: float) -> int:
+    """Make the second copy of a log that nobody writes what the log is; returns the steps that were copied.
+
+    Call it before a producer starts or resumes, after the log itself was repaired (`reopen`).
+    Raises LabelError if the copy has steps that the log lacks, or lacks some that the log has dropped.
+    """
+    writer = ReplicaWriter(address_file, token, producer, 0, timeout_s)
+    try:
+        there, cursor = writer.reopen(), CommitCursor(folder)
+        writer.manifest((folder / MANIFEST).read_bytes())
+        missing = _missing(cursor, there)
+        cursor.close()
+        where = writer.connection.describe()
+        if there > cursor.last_step:
+            raise LabelError(
+                f"{folder} ends at step {cursor.last_step}, its second copy at {where} at step {there}: students may "
+                "have learned what is missing; copy the second copy's folder here and resume"
+            )
+        if missing and there and missing[0].step < first_kept(folder):
+            raise LabelError(
+                f"the second copy of {folder} at {where} ends at step {there}, and the log has dropped what follows; "
+                "copy the log's folder there"
+            )
+        kept = [commit for commit in missing if commit.step >= first_kept(folder)]
+        if kept:
+            _copy(folder, kept, writer)
+        return len(kept)
+    finally:
+        writer.close()
+
+
+def _missing(cursor: CommitCursor, last: int) -> list[Commit]:
+    """Commits behind a step."""
+    missing: list[Commit] = []
+    while commits := cursor.next():
+        missing += [commit for commit in commits if commit.step > last]
+    return missing
+
+
+def _copy(folder: Path, commits: Sequence[Commit], writer: ReplicaWriter) -> None:
+    """Send committed steps, part by part."""
+    parts = {part for commit in commits for part in commit.parts}
+    blocks = {part: groupby(_blocks(folder, part, commits[0].step), lambda found: found.header.step) for part in parts}
+    for commit in commits:
+        for part in commit.parts:
+            step, found = next(blocks[part])
+            assert step == commit.step, f"part {part} of {folder} has step {step}, the log {commit.step}"
+            writer.part = part
+            for block in found:
+                writer.append(step, _read(block))
+        writer.commit(commit)
+
+
+def _blocks(folder: Path, part: int, first_step: int) -> Iterator[Located]:
+    """Blocks of a part from a step on."""
+    paths = segments_of(folder, part)
+    for path, following in zip(paths, [*paths[1:], None], strict=True):
+        if following is None or first_step_of(following) > first_step:
+            yield from scan(path, offset_of_step(path, first_step))
+
+
+def _read(block: Located) -> bytes:
+    with open(block.path, "rb") as file:
+        file.seek(block.offset)
+        return file.read(block.length)

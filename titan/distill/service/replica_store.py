@@ -15,6 +15,7 @@ from titan.distill.codec.block import HEADER_BYTES, BlockHeader
 from titan.distill.log.index import repair_index
 from titan.distill.log.manifest import MANIFEST
 from titan.distill.log.records import Commit, CommitCursor, End, decode_record
+from titan.distill.log.repair import reopen
 from titan.distill.log.segment import Located, scan, segments_of
 from titan.distill.log.writer import SEGMENT_BYTES, CommitWriter, LabelWriter
 from titan.distill.service.protocol import ReplicaTicket
@@ -42,6 +43,16 @@ class ReplicaStore:
             else:
                 log.append_line(ticket.line, ticket.durable)
 
+    def reopen(self, producer: str) -> int:
+        """Cut off what was not committed, before the producer writes again; the last committed step.
+
+        Raises LabelError if something committed is damaged.
+        """
+        log = self._log(producer)
+        with log.lock:
+            log.close()
+            return reopen(log.folder)
+
     def put_manifest(self, producer: str, data: bytes) -> None:
         """Write log.json. Raises LabelError if there is another."""
         folder = self.labels_folder / producer
@@ -58,6 +69,12 @@ class ReplicaStore:
         for log in self.logs.values():
             with log.lock:
                 log.close()
+
+    def _log(self, producer: str) -> "_ReplicaLog":
+        with self.lock:
+            if producer not in self.logs:
+                self.logs[producer] = _ReplicaLog(self.labels_folder / producer, self.segment_bytes)
+            return self.logs[producer]
 
 
 class _ReplicaLog:
@@ -102,8 +119,10 @@ class _ReplicaLog:
     def close(self) -> None:
         for part in self.parts.values():
             part.writer.close()
+        self.parts.clear()
         if self.commits is not None:
             self.commits.close()
+        self.commits = None
 
     def _check(self, commit: Commit, last: int) -> None:
         """Raise LabelError for a commit that would make something readable which is not there."""

@@ -32,6 +32,7 @@ from titan.distill.service.protocol import (
     MANIFEST_ACTION,
     PUT_MANIFEST_ACTION,
     REFUSED,
+    REOPEN_ACTION,
     STATS_ACTION,
     FeatureTicket,
     LabelTicket,
@@ -132,7 +133,7 @@ class LabelService(flight.FlightServerBase):  # type: ignore[misc]
             writer.write(pack(receipt))
 
     def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> list[bytes]:
-        """`health`, `stats`, `manifest` (of the producer in the body), `put_manifest` (producer, newline, log.json)."""
+        """`health`, `stats`, `manifest` and `reopen` (body: producer), `put_manifest` (producer, newline, log.json)."""
         body = b"" if action.body is None else action.body.to_pybytes()
         try:
             return [DONE + self._act(action.type, body)]
@@ -180,6 +181,9 @@ class LabelService(flight.FlightServerBase):  # type: ignore[misc]
             check_producer(producer.decode())
             self.replicas.put_manifest(producer.decode(), data)
             return b""
+        if name == REOPEN_ACTION:
+            check_producer(body.decode())
+            return str(self.replicas.reopen(body.decode())).encode()
         raise LabelError(f"the label service has no action {name!r}; do versions differ?")
 
     def _features(self, ticket: FeatureTicket, unwanted: Callable[[], bool]) -> Iterator[Message]:
