@@ -193,6 +193,7 @@ def main() -> None:
     if asked.read:
         be_a_reader(*asked.read)
         return
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         speed = measure_speed(Path(one), asked.rounds)
         memory = measure_memory(Path(two))
@@ -206,7 +207,12 @@ def main() -> None:
     print(f"memory, MiB after {first[0]} and {last[0]} blocks: service {first[1]:.1f} and {last[1]:.1f}, ", end="")
     print(f"reader {first[2]:.1f} and {last[2]:.1f}")
     print(f"a committed step is read after {memory['delay_ms_median']:.1f} ms, 99 %: {memory['delay_ms_99']:.1f} ms")
-    settings = {"tokens_a_step": TOKENS_A_STEP, "bytes_a_token": BYTES_A_TOKEN, "paced_mb_s": PACED_MB_S}
+    settings: dict[str, float] = {
+        "tokens_a_step": TOKENS_A_STEP,
+        "bytes_a_token": BYTES_A_TOKEN,
+        "paced_mb_s": PACED_MB_S,
+    }
+    settings["load_before"] = round(load, 2)
     print(save_result("label_service", settings | speed | {"memory": memory}))
 
 

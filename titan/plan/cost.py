@@ -161,15 +161,20 @@ class Costs:
         kinds = tuple(self.kind_of(stage) for stage in layout.positions)
         memory = tuple(self.memory_at(layout, position) for position in range(number))
         limits = tuple(self.fleet.kinds[kind].memory_bytes for kind in kinds)
-        samples = self.samples_of(layout)
-        paces = tuple(self._pace(layout, rank, samples, tails) for rank in range(layout.num_ranks))
+        paces = tuple(pace for position in range(number) for pace in self._paces(layout, position, tails[position]))
         return Prediction(layout, kinds, tuple(times), line, memory, limits, paces)
 
-    def _pace(self, layout: Layout, rank: int, samples: int, tails: list[float]) -> Pace:
-        place = layout.place(rank)
-        start, end = place.stage.samples(samples)[place.replica]
-        passes = [self.passes(stage, end - start) for stage in place.stages]
-        return Pace(tuple(f for f, _ in passes), tuple(b for _, b in passes), tails[place.position])
+    def _paces(self, layout: Layout, position: int, tail_s: float) -> list[Pace]:
+        """Of every rank at a position, in order; replicas with as many samples are alike."""
+        stages, of_share = layout.stages[position :: len(layout.positions)], dict[int, Pace]()
+        paces = list[Pace]()
+        for start, end in stages[0].samples(self.samples_of(layout)):
+            share = end - start
+            if share not in of_share:
+                passes = [self.passes(stage, share) for stage in stages]
+                of_share[share] = Pace(tuple(f for f, _ in passes), tuple(b for _, b in passes), tail_s)
+            paces += [of_share[share]] * stages[0].tp
+        return paces
 
 
 def _busiest(source: Stage, target: Stage, samples: int, length: int, sequence_parallel: bool) -> float:

@@ -83,7 +83,10 @@ def zero_bubble(position: int, positions: int, micro_batches: int) -> Schedule:
 
 @functools.lru_cache(maxsize=512)
 def make_schedule(name: ScheduleName, position: int, positions: int, chunks: int, micro_batches: int) -> Schedule:
-    """One training step of a position; chunks is 1 unless interleaved. A planner asks for the same ones again and again."""
+    """One training step of a position; chunks is 1 unless interleaved.
+
+    A planner asks for the same ones again and again.
+    """
     if name == "interleaved":
         return interleaved(position, positions, chunks, micro_batches)
     assert chunks == 1, f"{name} has one chunk a position"

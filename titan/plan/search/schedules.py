@@ -22,7 +22,7 @@ from titan.plan.timeline import timeline
 CHUNKS = (2, 3, 4)
 INPUT_SHARE = 0.5
 """Of a backward pass, the part for the gradient of the input: both gradients multiply the same matrices."""
-MOST_PASSES = 400_000
+MOST_PASSES = 300_000
 """Passes of all layouts that are given their timeline; a second or two."""
 
 NUM_STARTS = 3
