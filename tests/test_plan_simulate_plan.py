@@ -35,7 +35,7 @@ every_hours = 20.0
 [checkpoint]
 every_steps = 20
 """
-SMALL = PLAN.replace("= 256", "= 32").replace("devices = 4", "devices = 2").replace("[1, 2, 4]", "[2]")
+SMALL = PLAN.replace("batch_size = 256", "batch_size = 32")
 
 
 @pytest.fixture
