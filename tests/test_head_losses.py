@@ -315,8 +315,8 @@ def per_sample(hidden: Tensor, weight: Tensor, labels: SparseLabels | DenseLabel
 def test_any_first_draws_give_the_whole_gradient_on_average(
     exponent: float, top_k: int, independent: bool, temperature: float
 ) -> None:
-    """20,000 samples of up to 8 draws: within 4.5 standard errors (of each of 16 components, 48 in a test:
-    fails once in 3,000), where one bucket alone is more than 10 off.
+    """20,000 samples of up to 8 draws: within 4.5 standard errors (of each of 16 components, 48 in a test: it fails
+    once in 3,000), where one bucket alone is more than 10 off.
     """
     samples, size = 20_000, 150
     teacher, hidden, weight = zipf(samples, size, exponent, 1.0)

@@ -1,13 +1,12 @@
 """How far a student is from its teacher, and the gradient of that, from what looks at the logits gave.
 
 A loss is a function D(q) of the student's class probabilities. With s_c = q_c dD/dq_c its gradient in logits / T is
-s_c - q_c S, where S is the sum of all s: a multiple of q plus, for sparse labels, values at the label's ids. So all
-losses need of a class is its part of D and its s (`contributions`).
+s_c - q_c S, where S is the sum of all s: a multiple of q plus, for sparse labels, values at the label's ids. All
+a loss needs of a class is its part of D and its s (`parts`, `slopes`).
 
 Shape letters as in titan.ops.head; C classes of any kind.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,30 +21,46 @@ from titan.ops.look import Look, TiledLogits, VocabShard
 Loss = Literal["forward_kl", "reverse_kl", "jsd", "mse"]
 SMALLEST_TAIL = 1e-6
 """Floor of a tail mass in float32: below it 1 - Q is rounding noise."""
+BLOCK_ELEMENTS = 1 << 18
+"""1 MB of float32."""
 SMALLEST_LOG_PROB = -1e4
 """Log of a teacher's probability of zero: times zero it is 0, not NaN."""
 
 
-def contributions(log_p_NC: Tensor, log_q_NC: Tensor, loss: Loss, beta: float) -> tuple[Tensor, Tensor]:
-    """Each class's part of D, and q_c dD/dq_c up to a multiple of q_c, which changes no gradient.
+def parts(log_p_NC: Tensor, log_q_NC: Tensor, loss: Loss, beta: float) -> Tensor:
+    """Each class's part of D.
 
-    forward_kl: KL(p || q)          reverse_kl: KL(q || p)
+    forward_kl: KL(p || q)          reverse_kl: KL(q || p)          mse: (log p - log q)^2
     jsd:        beta KL(p || M) + (1 - beta) KL(q || M) with M = beta p + (1 - beta) q  (arXiv 2306.13649, eq. 1)
-    mse:        (log p - log q)^2
     """
-    lead_NC = log_q_NC - log_p_NC
     if loss == "mse":
-        return lead_NC.square(), 2.0 * lead_NC
+        return (log_q_NC - log_p_NC).square_()
     if loss == "forward_kl":
-        p_NC = log_p_NC.exp()
-        return -p_NC * lead_NC, -p_NC
+        return (log_p_NC - log_q_NC).mul_(log_p_NC.exp())
+    if loss == "reverse_kl":
+        return (log_q_NC - log_p_NC).mul_(log_q_NC.exp())
+    p_NC, q_NC = log_p_NC.exp(), log_q_NC.exp()
+    log_middle_NC = _log_middle(p_NC, q_NC, beta)
+    p_NC.mul_(log_p_NC - log_middle_NC).mul_(beta)
+    return p_NC.add_(q_NC.mul_(log_q_NC - log_middle_NC), alpha=1.0 - beta)
+
+
+def slopes(log_p_NC: Tensor, log_q_NC: Tensor, loss: Loss, beta: float) -> Tensor:
+    """Each class's s: q_c dD/dq_c up to a multiple of q_c, which changes no gradient."""
+    if loss == "mse":
+        return (log_q_NC - log_p_NC).mul_(2.0)
+    if loss == "forward_kl":
+        return log_p_NC.exp().neg_()
     q_NC = log_q_NC.exp()
     if loss == "reverse_kl":
-        slope_NC = q_NC * lead_NC
-        return slope_NC, slope_NC
-    log_middle_NC = torch.logaddexp(log_p_NC + math.log(beta), log_q_NC + math.log1p(-beta))
-    slope_NC = (1.0 - beta) * q_NC * (log_q_NC - log_middle_NC)
-    return beta * log_p_NC.exp() * (log_p_NC - log_middle_NC) + slope_NC, slope_NC
+        return q_NC.mul_(log_q_NC - log_p_NC)
+    log_middle_NC = _log_middle(log_p_NC.exp(), q_NC, beta)
+    return q_NC.mul_(log_q_NC - log_middle_NC).mul_(1.0 - beta)
+
+
+def _log_middle(p_NC: Tensor, q_NC: Tensor, beta: float) -> Tensor:
+    """Log M; where both are 0 it does not matter, but it has to be finite."""
+    return (p_NC * beta).add_(q_NC, alpha=1.0 - beta).clamp_min_(torch.finfo(p_NC.dtype).tiny).log_()
 
 
 # --- sparse labels ---
@@ -102,8 +117,9 @@ def sparse_terms(
 def _open(log_p_NJ: Tensor, log_q_NJ: Tensor, loss: Loss, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Of the given ids alone."""
     present_NJ = log_p_NJ > -torch.inf
-    part_NJ, slope_NJ = contributions(log_p_NJ.where(present_NJ, 0.0), log_q_NJ, loss, beta)
-    part_NJ, slope_NJ = part_NJ.where(present_NJ, 0.0), slope_NJ.where(present_NJ, 0.0)
+    log_p_NJ = log_p_NJ.where(present_NJ, 0.0)
+    part_NJ = parts(log_p_NJ, log_q_NJ, loss, beta).where(present_NJ, 0.0)
+    slope_NJ = slopes(log_p_NJ, log_q_NJ, loss, beta).where(present_NJ, 0.0)
     if loss == "mse":
         count_N1 = present_NJ.sum(dim=1, keepdim=True).clamp_min(1)
         part_NJ, slope_NJ = part_NJ / count_N1, slope_NJ / count_N1
@@ -122,9 +138,11 @@ def _bucket(
     # A teacher's large entries have exact logarithms, so its tail is known well beyond float32; the student's is not.
     teacher_tail_N = (1.0 - log_p_NK.double().exp().sum(dim=1)).clamp_min(SMALLEST_TAIL).float()
     student_tail_N = (1.0 - q_NK.sum(dim=1)).clamp_min(SMALLEST_TAIL)
-    part_NK, slope_NK = contributions(log_p_NK.where(present_NK, 0.0), log_q_NK, loss, beta)
-    part_NK, slope_NK = part_NK.where(present_NK, 0.0), slope_NK.where(present_NK, 0.0)
-    part_N, slope_N = contributions(teacher_tail_N.log(), student_tail_N.log(), loss, beta)
+    log_p_NK = log_p_NK.where(present_NK, 0.0)
+    part_NK = parts(log_p_NK, log_q_NK, loss, beta).where(present_NK, 0.0)
+    slope_NK = slopes(log_p_NK, log_q_NK, loss, beta).where(present_NK, 0.0)
+    tails = teacher_tail_N.log(), student_tail_N.log()
+    part_N, slope_N = parts(*tails, loss, beta), slopes(*tails, loss, beta)
     ratio_N = slope_N / student_tail_N
     return (
         part_NK.sum(dim=1) + part_N,
@@ -195,24 +213,35 @@ class DenseTeacher:
     beta: float
 
     def of(self, tile: VocabShard) -> Tensor:
-        """Logits / T of a tile's real columns, at least float32."""
+        """Logits of a tile's real columns."""
         real = tile.real()
-        if self.labels.logits_NV is None:
-            assert self.logits is not None
-            logits_NV = self.logits.of(real)
-        else:
-            logits_NV = self.labels.logits_NV[:, real.within(self.shard)]
-        return _wide(logits_NV) / self.temperature
+        if self.labels.logits_NV is not None:
+            return self.labels.logits_NV[:, real.within(self.shard)]
+        assert self.logits is not None
+        return self.logits.of(real)
 
     def log_norm(self, tiles: Sequence[VocabShard]) -> Tensor:
         """[N, 1] log-sum-exp of logits / T over the whole vocabulary."""
-        log_norm_PN = torch.stack([self.of(tile).logsumexp(dim=1) for tile in tiles]).double()
+        log_norm_PN = torch.stack([self._log_norm(self.of(tile)) for tile in tiles]).double()
         if self.shard.group is not None:
             own_N = log_norm_PN.logsumexp(dim=0)
-            parts = [torch.empty_like(own_N) for _ in range(self.shard.group.size())]
-            dist.all_gather(parts, own_N, group=self.shard.group)
-            log_norm_PN = torch.stack(parts)
+            gathered = [torch.empty_like(own_N) for _ in range(self.shard.group.size())]
+            dist.all_gather(gathered, own_N, group=self.shard.group)
+            log_norm_PN = torch.stack(gathered)
         return log_norm_PN.logsumexp(dim=0).float()[:, None]
+
+    def _log_norm(self, logits_NV: Tensor) -> Tensor:
+        blocks = [(_wide(logits_NV[rows]) / self.temperature).logsumexp(dim=1) for rows in _row_blocks(logits_NV)]
+        return torch.cat(blocks)
+
+    def log_probs(
+        self, teacher_NV: Tensor, student_NV: Tensor, rows: slice, log_norms: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Log p and log q of some tokens, from the logits of a tile."""
+        log_p_NV = (_wide(teacher_NV[rows]) / self.temperature).sub_(log_norms[0][rows])
+        student_NV = student_NV[rows, : teacher_NV.shape[1]]
+        log_q_NV = (_wide(student_NV) / self.temperature).sub_(log_norms[1][rows])
+        return log_p_NV.clamp_min_(SMALLEST_LOG_PROB), log_q_NV
 
 
 @dataclass(frozen=True)
@@ -231,29 +260,35 @@ def dense_terms(look: Look, teacher: DenseTeacher, student: TiledLogits, tiles: 
     log_norms = teacher.log_norm(tiles), look.log_sum_exp_N2[:, 1:]
     sums_N2 = torch.zeros_like(look.log_sum_exp_N2, dtype=torch.float64)
     for tile in tiles:
-        part_NV, slope_NV, _ = _parts(student.of(tile), teacher, tile, log_norms)
-        sums_N2 += torch.stack([part_NV.sum(dim=1), slope_NV.sum(dim=1)], dim=1)
+        teacher_NV, student_NV = teacher.of(tile), student.of(tile)
+        for rows in _row_blocks(teacher_NV):
+            compared = *teacher.log_probs(teacher_NV, student_NV, rows, log_norms), teacher.loss, teacher.beta
+            sums_N2[rows, 0] += parts(*compared).sum(dim=1)
+            sums_N2[rows, 1] += slopes(*compared).sum(dim=1)
     if teacher.shard.group is not None:
         dist.all_reduce(sums_N2, group=teacher.shard.group)
+    if teacher.loss == "mse":
+        sums_N2 /= teacher.shard.size
     return DenseTerms(sums_N2[:, 0].float(), sums_N2[:, 1:].float(), log_norms)
 
 
-def dense_gradient(logits_NV: Tensor, teacher: DenseTeacher, tile: VocabShard, terms: DenseTerms) -> Tensor:
-    """Gradient of the divergence in a tile's real logits / T: s - q S."""
-    _, slope_NV, log_q_NV = _parts(logits_NV, teacher, tile, terms.log_norms)
-    return slope_NV.sub_(log_q_NV.exp_().mul_(terms.slope_N1))
+def dense_gradient(student_NV: Tensor, teacher: DenseTeacher, tile: VocabShard, terms: DenseTerms) -> Tensor:
+    """Gradient of the divergence in a tile's real logits / T: s - q S; float32 or wider."""
+    teacher_NV = teacher.of(tile)
+    share = 1.0 / tile.size if teacher.loss == "mse" else 1.0
+    blocks = []
+    for rows in _row_blocks(teacher_NV):
+        log_p_NV, log_q_NV = teacher.log_probs(teacher_NV, student_NV, rows, terms.log_norms)
+        slope_NV = slopes(log_p_NV, log_q_NV, teacher.loss, teacher.beta)
+        blocks.append(slope_NV.mul_(share).sub_(log_q_NV.exp_().mul_(terms.slope_N1[rows])))
+    return torch.cat(blocks)
 
 
-def _parts(
-    logits_NV: Tensor, teacher: DenseTeacher, tile: VocabShard, log_norms: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Parts of D, s, and log q of a tile's real columns; mse is a mean over the vocabulary."""
-    log_p_NV = teacher.of(tile).sub_(log_norms[0]).clamp_min_(SMALLEST_LOG_PROB)
-    log_q_NV = (_wide(logits_NV[:, : log_p_NV.shape[1]]) / teacher.temperature).sub_(log_norms[1])
-    part_NV, slope_NV = contributions(log_p_NV, log_q_NV, teacher.loss, teacher.beta)
-    if teacher.loss == "mse":
-        part_NV, slope_NV = part_NV / tile.size, slope_NV / tile.size
-    return part_NV, slope_NV, log_q_NV
+def _row_blocks(logits_NV: Tensor) -> list[slice]:
+    """Tokens whose logits are worked on at a time, so that on a CPU what lies between stays in its cache."""
+    tokens, columns = logits_NV.shape
+    rows = max(1, BLOCK_ELEMENTS // max(1, columns)) if logits_NV.device.type == "cpu" else max(1, tokens)
+    return [slice(start, start + rows) for start in range(0, tokens, rows)]
 
 
 def _wide(x: Tensor) -> Tensor:

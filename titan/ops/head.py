@@ -36,7 +36,7 @@ class Objective:
     z_loss: float = 0.0
     """Keeps the softmax's normaliser near 1 (arXiv 2204.02311, section 5); always at temperature 1."""
     loss: Loss = "forward_kl"
-    """D at temperature T (titan.ops.divergence.contributions): KL(p || q), KL(q || p), generalised JSD, or the mean
+    """D at temperature T (titan.ops.divergence.parts): KL(p || q), KL(q || p), generalised JSD, or the mean
     squared difference of log-probabilities. Of sparse labels only forward KL with draws is unbiased."""
     beta: float = 0.5
     """Of jsd: the teacher's share of the middle, between 0 and 1. D goes to 0 at both ends, as beta KL(p || q) and as
