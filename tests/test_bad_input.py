@@ -167,6 +167,13 @@ CONFIG = [
     bad_setting("a start by step and by lead", "students.late.start.step=3", "both step (3) and lead", "keep one"),
     bad_setting("a start beyond the end", "students.early.start.step=40", "start.step is 40, run.steps is 40"),
     bad_setting(
+        "a loss of shares that are not the teacher's",
+        "labels.codec=random students.late.distill.loss=mse",
+        "distill.loss is 'mse'",
+        "'forward_kl'",
+    ),
+    bad_setting("draws that nobody makes", "labels.codec=top_k labels.draws=3", "labels.draws is set", "leave it out"),
+    bad_setting(
         "a loss that draws bias", "students.late.distill.loss=jsd", "students.late.distill.loss is 'jsd'", "top_k"
     ),
     bad_setting("labels larger than the vocabulary", "labels.top_k=600", "top_k is 600", "vocab_size (512)"),

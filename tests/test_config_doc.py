@@ -3,10 +3,15 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from titan.config.document import document
+from titan.config.load import dump_config, load_config
 from titan.config.settings import RunConfig, Section
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_the_page_is_fresh() -> None:
@@ -36,3 +41,14 @@ def test_types_are_plain_words() -> None:
     assert "| `layers` | list of whole numbers, at least 1 | absent |" in page
     assert "| `sources` | list of texts, 1 or more of them | **required** |" in page
     assert "pydantic" not in page.lower() and "NoneType" not in page
+
+
+@pytest.mark.parametrize(
+    "change", ["labels.codec=full", "labels.codec=random", "teacher.optimizer.schedule=constant", "run.seed=3"]
+)
+def test_what_a_run_wrote_down_loads_again(tmp_path: Path, change: str) -> None:
+    """config.toml of a run names every setting, so that none of them may be a mistake for having been named."""
+    config = load_config(ROOT / "configs" / "quickstart.toml", [change])
+    written = tmp_path / "config.toml"
+    written.write_text(dump_config(config))
+    assert load_config(written, []) == config

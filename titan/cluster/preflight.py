@@ -33,7 +33,7 @@ def check_start(config: RunConfig) -> None:
 
 def check_labels(config: RunConfig, corpus: Corpus) -> None:
     """Raise ConfigError if labels ask for more entries than the tokenizer has pieces."""
-    if config.students and config.labels.top_k > corpus.vocab_size:
+    if config.students and config.labels.codec in ("sampled", "top_k") and config.labels.top_k > corpus.vocab_size:
         raise ConfigError(
             f"labels.top_k is {config.labels.top_k}, more than the tokenizer's {corpus.vocab_size} pieces; "
             "a few dozen are enough"

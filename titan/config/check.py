@@ -9,6 +9,7 @@ from titan.config.settings import (
     ModelSettings,
     OptimizerSettings,
     RunConfig,
+    Section,
     StudentSettings,
     TeacherSettings,
 )
@@ -47,11 +48,7 @@ def _model_mistakes(name: str, model: ModelSettings) -> Iterator[str]:
 
 
 def _optimizer_mistakes(name: str, optimizer: OptimizerSettings) -> Iterator[str]:
-    if (
-        optimizer.final_fraction < 1.0
-        and optimizer.schedule == "constant"
-        and "final_fraction" in (optimizer.model_fields_set)
-    ):
+    if optimizer.schedule == "constant" and not _is_default(optimizer, "final_fraction"):
         yield f"{name}.final_fraction is {optimizer.final_fraction}, but schedule is 'constant'; leave it out"
 
 
@@ -70,8 +67,23 @@ def _student_mistakes(config: RunConfig) -> Iterator[str]:
             yield f"{here}.start.step is {start.step}, run.steps is {config.run.steps}; start earlier"
 
 
+def _is_default(section: Section, name: str) -> bool:
+    """Whether a setting has its default. That it was named says nothing: config.toml of a run names every one."""
+    return bool(getattr(section, name) == type(section).model_fields[name].default)
+
+
+def _has_head(config: RunConfig) -> bool:
+    """Whether labels hold the likeliest entries."""
+    return config.labels.codec in ("sampled", "top_k")
+
+
 def _label_mistakes(config: RunConfig) -> Iterator[str]:
-    if config.students and config.data.tokenizer is None and config.labels.top_k > config.data.vocab_size:
+    if (
+        config.students
+        and config.data.tokenizer is None
+        and _has_head(config)
+        and config.labels.top_k > config.data.vocab_size
+    ):
         yield (
             f"labels.top_k is {config.labels.top_k}, more than data.vocab_size ({config.data.vocab_size}); "
             "a few dozen are enough"
@@ -79,11 +91,21 @@ def _label_mistakes(config: RunConfig) -> Iterator[str]:
 
     for student in config.students:
         loss, codec = student.distill.loss, config.labels.codec
-        if loss in ("reverse_kl", "jsd") and codec in ("sampled", "random"):
+        drawn = codec == "random" or (codec == "sampled" and loss != "mse")
+        if loss != "forward_kl" and drawn:
             yield (
                 f"students.{student.name}.distill.loss is {loss!r}, which drawn labels (labels.codec {codec!r}) would "
                 "bias; set labels.codec to 'top_k' or 'full', or the loss to 'forward_kl'"
             )
+    labels = config.labels
+    used = {
+        "sampled": ("top_k", "draws", "bytes_per_token"),
+        "top_k": ("top_k", "bytes_per_token"),
+        "random": ("draws",),
+    }
+    for name in ("top_k", "draws", "bytes_per_token"):
+        if not _is_default(labels, name) and name not in used.get(labels.codec, ()):
+            yield f"labels.{name} is set, but labels.codec {labels.codec!r} has no use for it; leave it out"
 
 
 def _plan_mistakes(config: RunConfig) -> Iterator[str]:

@@ -98,12 +98,12 @@ def _feistel(values: _U64, half: np.uint64, keys: _U64) -> _U64:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = values >> half, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (mix64(right ^ key) & mask)
     return (left << half) | right
 
 
-def _mix(values: _U64) -> _U64:
-    """The finaliser of splitmix64."""
+def mix64(values: _U64) -> _U64:
+    """The finaliser of splitmix64: uint64 to uint64, all bits stirred."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

@@ -2,20 +2,16 @@
 
 import time
 
-import numpy as np
-from torch import Tensor
-
 from titan.data.sampler import SampleBatch
 from titan.distill.codec.block import LabelBlock, encode_block
-from titan.distill.codec.raw import RawLabels
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.records import FINISHED, STOPPED, Commit
 from titan.distill.log.writer import CommitWriter, LabelWriter
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.role import RoleRank
+from titan.distill.tap import label_wish, raw_labels
 from titan.ops.head import Objective
 from titan.platform.device import Platform
-from titan.tasks.causal_lm import LabelWish
 from titan.train.trainer import LabelPart
 
 
@@ -39,7 +35,7 @@ class TeacherRank(RoleRank):
                 batch.tokens,
                 self.trainer.learning_rate(self.step, total),
                 Objective(temperature=config.labels.temperature),
-                wish=self._wish() if self.writes_labels else None,
+                wish=label_wish(config.labels, config.run.seed, self.step) if self.writes_labels else None,
                 sample_ids=batch.sample_ids,
                 votes=self.stop_vote(),
                 on_labels=lambda parts, batch=batch: self._append(batch, parts),  # type: ignore[misc]
@@ -87,42 +83,10 @@ class TeacherRank(RoleRank):
                 first_sample=part.start,
                 sample_ids_B=batch.sample_ids[samples],
                 tokens_BS1=batch.tokens[samples],
-                labels=self._labels(part, length),
+                labels=raw_labels(self.config.labels, part, length),
             )
             data = encode_block(block, self.corpus.vocab_size, self.config.labels.bytes_per_token)
-            self.labels.append(self.step, data)
-
-    def _wish(self) -> LabelWish:
-        """What the labels of this step are made of; draws are a function of seed, step, sample and position."""
-        settings = self.config.labels
-        seed = (self.config.run.seed << 32 | self.step) & 0x7FFFFFFFFFFFFFFF
-        if settings.codec == "full":
-            return LabelWish(whole=True)
-        if settings.codec == "random":
-            return LabelWish(draws=settings.draws, independent=True, seed=seed)
-        return LabelWish(settings.top_k, settings.draws if settings.codec == "sampled" else 0, seed=seed)
-
-    def _labels(self, part: LabelPart, length: int) -> RawLabels:
-        """What the head said of a micro-batch, by samples."""
-        says, settings = part.says, self.config.labels
-
-        def by_sample(rows: Tensor | None) -> np.ndarray | None:
-            if rows is None:
-                return None
-            return rows.view(length, part.samples, *rows.shape[1:]).transpose(0, 1).cpu().numpy()
-
-        heads = settings.codec in ("sampled", "top_k")
-        return RawLabels(
-            codec=settings.codec,
-            temperature=settings.temperature,
-            ids_BSK=by_sample(says.ids_NK) if heads else None,
-            log_prob_BSK=by_sample(says.log_prob_NK) if heads else None,
-            log_norm_BS=by_sample(says.log_norm_N) if settings.temperature != 1.0 else None,
-            entropy_BS=by_sample(says.entropy_N),
-            draw_ids_BSM=by_sample(says.draw_ids_NM),
-            draw_log_prob_BSM=by_sample(says.draw_log_prob_NM),
-            dense_BSV=by_sample(says.log_prob_NV),
-        )
+            self.labels.append(self.step, data, block.sample_ids_B.tolist())
 
     def _commit(self, samples: int, cross_entropy: float) -> None:
         if self.commits is not None:

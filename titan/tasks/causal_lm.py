@@ -98,7 +98,7 @@ def run_task_head(
         _by_position(batch.weight_BS),
         shard,
         objective=objective,
-        labels=None if batch.labels is None else _told(batch.labels, shard, shrink, device),
+        labels=None if batch.labels is None else told(batch.labels, shard, objective.temperature, shrink, device),
         grad_weight_VD=None if grad_scale is None else gradient_buffer(weight),
         grad_scale=grad_scale or 0.0,
         top_k=wish.top_k,
@@ -111,15 +111,19 @@ def run_task_head(
     return result
 
 
-def _told(labels: SampleLabels, shard: VocabShard, shrink: float | Literal["adaptive"], device: torch.device) -> Told:
-    """Labels of samples as the loss takes them."""
+def told(
+    labels: SampleLabels, shard: VocabShard, temperature: float, shrink: float | Literal["adaptive"],
+    device: torch.device,
+) -> Told:  # fmt: skip
+    """Labels of samples, at the temperature of the loss, as the head takes them; rows over (position, sample)."""
 
     def on_device(array: np.ndarray, kind: type) -> Tensor:
         return _by_position(torch.from_numpy(array.astype(kind, copy=False)).to(device))
 
     if labels.dense_BSV is not None:
         own = slice(shard.start, min(shard.start + shard.rows, shard.size))
-        return DenseLabels(logits_NV=on_device(np.ascontiguousarray(labels.dense_BSV[..., own]), np.float32))
+        logits_NV = on_device(np.ascontiguousarray(labels.dense_BSV[..., own]), np.float32)
+        return DenseLabels(logits_NV=logits_NV * temperature)  # T log p_T: logits up to a constant a token
     entries = on_device(labels.ids_BSK, np.int64), on_device(labels.log_prob_BSK, np.float32)
     if labels.draw_ids_BSM is None or labels.draw_log_prob_BSM is None:
         return SparseLabels(*entries, labels.tail)

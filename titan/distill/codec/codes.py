@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from titan.data.sampler import mix64
+
 GOLDEN = np.float32(0.6180339887)
 TAIL_NATS = 8.0
 """Draws less likely than e^-8 of an even share are read as that: they make up at most e^-8 of the mass."""
@@ -19,20 +21,12 @@ MASS_FLOOR = np.float32(2.0**-20)
 """The least probability that is left for the class that is not sent."""
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """uint64 to uint64, all bits stirred (the finaliser of splitmix64)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    stirred: np.ndarray = x ^ (x >> np.uint64(31))
-    return stirred
-
-
 def token_uniform(step: int, sample_ids_B: np.ndarray, length: int, purpose: int) -> np.ndarray:
     """float32 [B, S] in [0, 1), one a token: the same for the same step, sample, position and purpose."""
     with np.errstate(over="ignore"):
-        key = mix(np.array([(step * 8 + purpose) % 2**64], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-        sample = mix(sample_ids_B.astype(np.int64).view(np.uint64) + key)
-        stirred = mix(sample[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        key = mix64(np.array([(step * 8 + purpose) % 2**64], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+        sample = mix64(sample_ids_B.astype(np.int64).view(np.uint64) + key)
+        stirred = mix64(sample[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return (stirred >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
