@@ -11,6 +11,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from titan.observe.events import read_events
+
 TEXT_MODULES = ("argparse", "ast", "typing", "enum", "inspect", "pathlib", "pickle", "random", "socket", "tarfile")
 RUN_TIMEOUT_S = 150.0
 
@@ -94,6 +96,22 @@ def wait_for_step(folder: Path, role: str, step: int, process: subprocess.Popen[
                 return
         time.sleep(0.05)
     raise AssertionError(f"{role} did not reach step {step} in {timeout_s} s")
+
+
+def wait_for_events(
+    folder: Path, event: str, count: int, process: subprocess.Popen[str], timeout_s: float = 90.0
+) -> None:
+    """Wait until a run has told so many events of a kind."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended with {process.returncode}: {process.communicate()}")
+        if (folder / "events.jsonl").exists() and (
+            sum(one["event"] == event for one in read_events(folder)) >= count
+        ):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {event} number {count} in {timeout_s} s")
 
 
 def kill_tree(pid: int) -> list[int]:

@@ -12,10 +12,20 @@ import psutil
 import pytest
 import torch
 
-from tests.runs import kill_tree, processes_under, start_titan, titan, wait_for_step, weights, write_tiny_config
+from tests.runs import (
+    kill_tree,
+    processes_under,
+    start_titan,
+    titan,
+    wait_for_events,
+    wait_for_step,
+    weights,
+    write_tiny_config,
+)
 from titan.checkpoint.load import Checkpoint
 from titan.config.load import load_config
 from titan.model.parameters import parameter_specs
+from titan.observe.events import read_events
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ROLES = ("teacher", "early", "late")
@@ -114,6 +124,12 @@ def test_the_teacher_is_the_same_bit_for_bit_without_students(workplace: Path) -
     assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
+def placed(run: Path, role: str) -> list[int]:
+    """Processes of the ranks of a role, those that were started last."""
+    events = [event for event in read_events(run) if event["event"] == "placed" and event["role"] == role]
+    return [int(process.rpartition(":")[2]) for process in events[-1]["processes"]]
+
+
 def rank_processes(pid: int) -> list[psutil.Process]:
     """Processes of the ranks of a run, by the pid of its driver."""
     children = psutil.Process(pid).children(recursive=True)
@@ -123,7 +139,7 @@ def rank_processes(pid: int) -> list[psutil.Process]:
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])
 def test_a_rank_that_dies_or_hangs_ends_the_run_with_one_readable_line(workplace: Path, blow: signal.Signals) -> None:
     name = f"hurt-{blow.name.lower()}"
-    settings = (f"run.name={name}", "run.steps=4000", "cluster.step_timeout_s=10.0")
+    settings = (f"run.name={name}", "run.steps=4000", "recovery.policy=stop")
     process = start_titan("run", "tiny.toml", *(part for s in settings for part in ("--set", s)), cwd=workplace)
     wait_for_step(workplace / "runs" / name, "teacher", 3, process)
     rank_processes(process.pid)[0].send_signal(blow)
@@ -133,3 +149,40 @@ def test_a_rank_that_dies_or_hangs_ends_the_run_with_one_readable_line(workplace
     assert re.match(rf"titan: \w+ rank \d+ on {platform.node()}, (about )?step \d+: ", line), line
     assert processes_under(workplace) == []
     assert titan("status", f"runs/{name}", cwd=workplace).returncode == 0
+
+
+@pytest.mark.timeout(300)
+def test_ranks_that_die_or_hang_are_put_up_again_and_the_run_ends_with_the_same_bits(workplace: Path) -> None:
+    long = ("--set", "run.steps=120", "--set", "checkpoint.every_steps=5")
+    calm = titan("run", "tiny.toml", *long, "--set", "run.name=calm", cwd=workplace)
+    assert calm.returncode == 0, calm.stderr
+    run = workplace / "runs" / "hurt"
+    process = start_titan("run", "tiny.toml", *long, "--set", "run.name=hurt", cwd=workplace)
+    wait_for_step(run, "early", 12, process)
+    blows = [signal.SIGKILL, signal.SIGSTOP, signal.SIGKILL]
+    for role, blow in zip(ROLES, blows, strict=True):
+        psutil.Process(placed(run, role)[-1]).send_signal(blow)
+    wait_for_events(run, "recovered", len(blows), process)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    for role in ROLES:
+        expected, found = weights(workplace / "runs" / "calm", role, 120), weights(run, role, 120)
+        assert all(torch.equal(expected[key], found[key]) for key in expected), role
+    assert sorted(event["role"] for event in read_events(run) if event["event"] == "rank_lost") == sorted(ROLES)
+    assert out.count("goes on from step") == len(blows)
+    looked = titan("labels", "audit", "runs/hurt", cwd=workplace)
+    assert looked.returncode == 0, looked.stdout + looked.stderr
+    assert processes_under(workplace) == []
+
+
+def test_a_role_that_fails_again_and_again_ends_the_run(workplace: Path) -> None:
+    run = workplace / "runs" / "hopeless"
+    settings = ("run.name=hopeless", "run.steps=4000", "checkpoint.every_steps=4000", "recovery.max_restarts=1")
+    process = start_titan("run", "tiny.toml", *(part for s in settings for part in ("--set", s)), cwd=workplace)
+    for count in range(2):
+        wait_for_events(run, "ranks_up", count + 1, process)
+        psutil.Process(placed(run, "teacher")[0]).kill()
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1
+    assert "restarted 1 times from step 0 (recovery.max_restarts)" in err, err
+    assert processes_under(workplace) == []

@@ -239,7 +239,16 @@ def _train(launch: Launch, events: EventLog) -> Outcome:
         events.emit("resumed", steps=dict(launch.resumed))
     display.phase("starting Ray")
     with MetricsLog(launch.folder) as metrics, ray_session(config.cluster):
-        supervisor = Supervisor(launch.planned, launch.folder, corpus.folder, events, metrics, display, launch.resumed)
+        supervisor = Supervisor(
+            launch.planned,
+            launch.folder,
+            corpus.folder,
+            events,
+            metrics,
+            display,
+            launch.resumed,
+            tidy=lambda role: _tidy_role(config, launch.folder, role),
+        )
         outcome = supervisor.run()
     display.phase("")
     return outcome
@@ -330,7 +339,15 @@ def _tidy(config: RunConfig, folder: Path, resumed: Mapping[str, int]) -> None:
     """
     read_metrics(folder)  # before anything is cut off
     for role in resumed:
-        remove_partial(folder / "checkpoints" / role)
-    if config.students:
-        reopen(folder / "labels" / TEACHER, needed=resumed[TEACHER])
+        _tidy_role(config, folder, role)
     MetricsLog.rewind(folder, resumed)
+
+
+def _tidy_role(config: RunConfig, folder: Path, role: str) -> int:
+    """Make a role's files ready to go on while none of its ranks runs; returns the step of its newest checkpoint."""
+    checkpoints = folder / "checkpoints" / role
+    remove_partial(checkpoints)
+    step = newest_step(checkpoints) or 0
+    if role == TEACHER and config.students:
+        reopen(folder / "labels" / TEACHER, needed=step)
+    return step

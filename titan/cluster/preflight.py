@@ -16,7 +16,7 @@ from titan.plan.layout import role_layouts
 CONNECT_TIMEOUT_S = 5.0
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """Preface and empty settings: what speaks gRPC, as Ray does, answers at once."""
-MAY_CHANGE = ("checkpoint", "cluster", "eval")
+MAY_CHANGE = ("checkpoint", "cluster", "eval", "recovery")
 """Sections that may differ when a run is resumed; in roles, `layout` may."""
 
 

@@ -1,7 +1,9 @@
 """The thin Ray skin around a rank: every method hands on to the plain class of titan.distill."""
 
+import os
 import socket
 import traceback
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -14,17 +16,28 @@ if TYPE_CHECKING:
     from titan.distill.role import RoleRank
 
 
+@dataclass(frozen=True)
+class Whereabouts:
+    """Where the process of a rank is."""
+
+    host: str
+    node_id: str
+    """As Ray names the node."""
+    pid: int
+
+
 class RankActor:
     """One rank as an actor. `train` runs for the whole run in one thread; questions are answered in another."""
 
-    def __init__(self, spec: RankSpec):
-        self.spec = spec
+    def __init__(self) -> None:
+        self.spec: RankSpec | None = None
         self.rank: RoleRank | None = None
 
-    def build(self) -> str:
-        """Import what training needs and make the rank; most of a start's time. Returns the host's name."""
-        self.rank = self._say_where(lambda: make_rank(self.spec))
-        return socket.gethostname()
+    def build(self, spec: RankSpec) -> Whereabouts:
+        """Import what training needs and make the rank; most of a start's time."""
+        self.spec = spec
+        self.rank = self._say_where(lambda: make_rank(spec))
+        return Whereabouts(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
 
     def open_store(self) -> tuple[str, int]:
         """Host and port at which the ranks of the role meet."""
@@ -48,8 +61,8 @@ class RankActor:
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def take_news(self) -> list[Any]:
-        """Metrics and events since the last call."""
-        return self._built.take_news()
+        """Metrics and events since the last call; an answer, even an empty one, shows that the process lives."""
+        return self.rank.take_news() if self.rank is not None else []
 
     @property
     def _built(self) -> "RoleRank":
@@ -61,6 +74,7 @@ class RankActor:
         try:
             return action()
         except Exception as error:
+            assert self.spec is not None
             step = self.rank.step if self.rank is not None else 0
             who = {"role": self.spec.role, "rank": self.spec.rank, "host": socket.gethostname(), "step": step}
             cause = str(error) if isinstance(error, TitanError) else f"{type(error).__name__}: {error}"

@@ -305,8 +305,11 @@ class EvalSettings(Section):
 class ClusterSettings(Section):
     """Ray, and how long to wait for things."""
 
-    address: str | None = None
-    """Ray cluster to join, `host:port`; absent, a local one is started for the run."""
+    address: Annotated[str | None, BeforeValidator(lambda given: None if given == "local" else given)] = None
+    """Ray cluster to join, `host:port`, or `auto` for what RAY_ADDRESS says; absent or `local`, one is started for the
+    run."""
+    nodes: PositiveInt = 1
+    """Nodes of a Ray that is joined to wait for, at most `start_timeout_s`, before ranks are placed."""
     cpu_ranks_per_core: PositiveInt = 4
     """CPU ranks that may share a core of a machine without accelerators."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
@@ -323,6 +326,18 @@ class ClusterSettings(Section):
     """Port of Ray's dashboard; absent, there is no dashboard."""
 
 
+class RecoverySettings(Section):
+    """What happens when a rank, its process or its host fails."""
+
+    policy: Literal["restart", "stop"] = "restart"
+    """`restart`: only the role concerned starts again, from its newest checkpoint; the others go on. `stop`: the run
+    ends, to be resumed by hand."""
+    max_restarts: NonNegativeInt = 5
+    """Restarts of a role in a row without a new checkpoint; the next failure ends the run."""
+    hang_timeout_s: PositiveFloat = 8.0
+    """A process that has not answered for so long counts as hung, and is killed."""
+
+
 class RunConfig(Section):
     """A whole run.toml."""
 
@@ -334,3 +349,4 @@ class RunConfig(Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     eval: EvalSettings = EvalSettings()
     cluster: ClusterSettings = ClusterSettings()
+    recovery: RecoverySettings = RecoverySettings()

@@ -1,0 +1,74 @@
+"""Where ranks run: room for a layout in the Ray cluster, tensor-parallel groups together on a node."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from titan.cluster.rank_actor import RankActor
+from titan.cluster.session import ACCELERATORS
+from titan.config.settings import RunConfig
+from titan.errors import ConfigError
+from titan.plan.layout import Layout, Stage
+
+
+def reserve(layout: Layout, config: RunConfig, paced: frozenset[str]) -> list[PlacementGroup]:
+    """One placement group a tensor-parallel group; its bundles stay on one node.
+
+    A stage of a named kind of device goes where Ray knows that kind: `ray start --resources='{"KIND": N}'`. Kinds that
+    are paced, and a local Ray that knows no kinds, take any slot.
+    """
+    bundle = rank_bundle(config)
+    resources = ray.cluster_resources()
+
+    def bundle_of(stage: Stage) -> dict[str, float]:
+        if stage.device is None or stage.device in paced or config.cluster.address is None:
+            return bundle
+        wanted = sum(len(one.ranks) for one in layout.positions if one.device == stage.device)
+        if resources.get(stage.device, 0) < wanted:
+            raise ConfigError(
+                f"layout wants {wanted} devices of kind {stage.device!r}, the Ray cluster offers "
+                f"{resources.get(stage.device, 0):g}; start its nodes with --resources='{{\"{stage.device}\": N}}'"
+            )
+        return bundle | {stage.device: 1.0}
+
+    return [
+        placement_group([bundle_of(stage)] * stage.tp, strategy="STRICT_PACK")
+        for stage in layout.positions
+        for _ in range(stage.dp)
+    ]
+
+
+def rank_bundle(config: RunConfig) -> dict[str, float]:
+    """What Ray sets aside for one rank."""
+    resources = ray.cluster_resources()
+    for kind, name in ACCELERATORS.items():
+        if config.cluster.device in ("auto", kind) and resources.get(name):
+            return {"CPU": 1.0, name: 1.0}
+    return {"CPU": 1.0 / config.cluster.cpu_ranks_per_core}
+
+
+def rank_groups(layout: Layout, groups: Sequence[PlacementGroup]) -> list[PlacementGroup]:
+    """The placement group of every rank, in rank order."""
+    remaining = iter(groups)
+    return [
+        group
+        for stage in layout.positions
+        for _, group in zip(range(stage.dp), remaining, strict=False)
+        for _ in range(stage.tp)
+    ]
+
+
+def start_actor(name: str, group: PlacementGroup, index: int) -> Any:
+    """An actor for one rank, in a bundle of a placement group."""
+    bundle = group.bundle_specs[index]
+    skin = ray.remote(concurrency_groups={"control": 1}, max_restarts=0)(RankActor).options(
+        name=name,
+        num_cpus=bundle["CPU"],
+        num_gpus=bundle.get("GPU", 0),
+        resources={name: share for name, share in bundle.items() if name not in ("CPU", "GPU")},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+    )
+    return skin.remote()

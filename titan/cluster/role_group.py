@@ -1,0 +1,289 @@
+"""The ranks of one role as one thing: started, watched and ended, without ever waiting for it.
+
+`advance` is called again and again; it goes as far as what has come in the meantime allows. So one role can start again
+while the others train.
+"""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from titan.cluster.failure import Failure, HungError, error_of, find_cause
+from titan.cluster.placement import rank_groups, reserve, start_actor
+from titan.cluster.rank_actor import Whereabouts
+from titan.config.settings import RunConfig
+from titan.distill.rank import RankSpec, RoleReport
+from titan.errors import PlatformError
+from titan.plan.layout import Layout
+
+AWAY_S = 2.0
+"""A driver that itself was away for so long does not count silence from before."""
+START_HANG_S = 60.0
+"""The same for a rank that starts: imports leave no room for an answer, and an actor takes a while to be there."""
+CAUSE_WAIT_S = 3.0
+"""How long to collect failures after the first: the rank at fault may be reported after those that lost their peer."""
+KILL_WAIT_S = 10.0
+LOGS = "see Ray's logs in /tmp/ray"
+
+
+class Phase(Enum):
+    """How far a role is."""
+
+    IDLE = "idle"
+    ROOM = "room"
+    BUILD = "build"
+    STORE = "store"
+    JOIN = "join"
+    READY = "ready"
+    TRAIN = "train"
+    DONE = "done"
+
+
+class RoleLostError(Exception):
+    """Errors of ranks of this role; `RoleGroup.cause` makes one failure of them."""
+
+    def __init__(self, errors: Sequence[Exception]):
+        super().__init__(*errors)
+        self.errors = list(errors)
+
+
+class RoleGroup:
+    """One role's actors. `generation` counts how often they were started."""
+
+    def __init__(
+        self,
+        role: str,
+        layout: Layout,
+        config: RunConfig,
+        paced: frozenset[str],
+        spec_of: Callable[[str, int, Layout], RankSpec],
+        step: int,
+    ):
+        """step: of the checkpoint the role goes on from"""
+        self.role, self.layout, self.config, self.paced, self.spec_of = role, layout, config, paced, spec_of
+        self.last_step = step
+        self.generation = 0
+        self.phase = Phase.IDLE
+        self.actors: list[Any] = []
+        self.places: list[Whereabouts] = []
+        self.pending: list[Any] = []
+        """Calls that the present phase waits for, one a rank or group."""
+        self.deadline = 0.0
+        self.report: RoleReport | None = None
+        self._room: list[PlacementGroup] = []
+        self._asked: dict[int, tuple[Any, float]] = {}
+        """What each rank was asked, and since when it owes an answer."""
+        self._looked = 0.0
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the role."""
+        return self.layout.num_ranks
+
+    @property
+    def is_starting(self) -> bool:
+        """Whether its ranks are on their way to train."""
+        return self.phase in (Phase.ROOM, Phase.BUILD, Phase.STORE, Phase.JOIN)
+
+    @property
+    def num_up(self) -> int:
+        """Ranks whose process is there and ready."""
+        if self.phase in (Phase.IDLE, Phase.ROOM):
+            return 0
+        if self.phase is Phase.BUILD:
+            return len(ray.wait(self.pending, num_returns=len(self.pending), timeout=0)[0])
+        return self.num_ranks
+
+    # --- starting ---
+
+    def start(self) -> None:
+        """Ask for room; `advance` does the rest."""
+        self.generation += 1
+        self.deadline = time.monotonic() + self.config.cluster.start_timeout_s
+        self._room = reserve(self.layout, self.config, self.paced)
+        self._enter(Phase.ROOM, [group.ready() for group in self._room])
+
+    def advance(self) -> Phase:
+        """Go on as far as possible without waiting, and say where that is.
+
+        Raises RoleLostError for ranks that failed, PlatformError for ranks that do not come up.
+        """
+        if self.phase is Phase.TRAIN:
+            self._look_at_training()
+        while self.is_starting:
+            ready, waiting = ray.wait(self.pending, num_returns=len(self.pending), timeout=0)
+            if errors := [error for ref in ready if (error := error_of(ref)) is not None]:
+                raise RoleLostError(errors)
+            if waiting:
+                if time.monotonic() > self.deadline:
+                    raise self._late(len(waiting))
+                break
+            self._go_on(ray.get(self.pending))
+        return self.phase
+
+    def train(self) -> None:
+        """Begin to train; the role is ready."""
+        assert self.phase is Phase.READY
+        self._enter(Phase.TRAIN, [actor.train.remote() for actor in self.actors])
+
+    def _go_on(self, results: list[Any]) -> None:
+        """To the phase after one whose calls have all returned."""
+        if self.phase is Phase.ROOM:
+            name = f"{self.spec_of(self.role, 0, self.layout).run_folder.name}/{self.role}"
+            groups = rank_groups(self.layout, self._room)
+            tensors = [self.layout.place(rank).tensor for rank in range(self.num_ranks)]
+            self.actors = [
+                start_actor(f"{name}/{rank}/{time.time_ns()}", group, tensor)
+                for rank, (group, tensor) in enumerate(zip(groups, tensors, strict=True))
+            ]
+            specs = [self.spec_of(self.role, rank, self.layout) for rank in range(self.num_ranks)]
+            calls = [actor.build.remote(spec) for actor, spec in zip(self.actors, specs, strict=True)]
+            self._enter(Phase.BUILD, calls)
+        elif self.phase is Phase.BUILD:
+            self.places = results
+            self._enter(Phase.STORE, [self.actors[0].open_store.remote()])
+        elif self.phase is Phase.STORE:
+            (address,) = results
+            self._enter(Phase.JOIN, [actor.join.remote(*address) for actor in self.actors])
+        else:
+            self._enter(Phase.READY, [])
+
+    def _enter(self, phase: Phase, calls: list[Any]) -> None:
+        self.phase, self.pending = phase, calls
+        self._asked.clear()
+
+    def _late(self, missing: int) -> PlatformError:
+        what = {
+            Phase.ROOM: f"room for {self.num_ranks} ranks in the Ray cluster",
+            Phase.BUILD: f"the processes of {self.num_ranks} ranks",
+            Phase.STORE: "rank 0",
+            Phase.JOIN: f"{self.num_ranks} ranks to join their world",
+        }[self.phase]
+        hint = "is another job using it?" if self.phase is Phase.ROOM else LOGS
+        return PlatformError(
+            f"{self.role}: waited {self.config.cluster.start_timeout_s:.0f} s for {what}, {missing} of "
+            f"{len(self.pending)} are not there; {hint} (cluster.start_timeout_s sets the wait)"
+        )
+
+    # --- training ---
+
+    def _look_at_training(self) -> None:
+        ready, _ = ray.wait(self.pending, num_returns=len(self.pending), timeout=0)
+        if errors := [error for ref in ready if (error := error_of(ref)) is not None]:
+            raise RoleLostError(errors)
+        if len(ready) == len(self.pending):
+            self.report = ray.get(self.pending[0])
+            self.phase, self.pending = Phase.DONE, []
+
+    def take_news(self) -> list[Any]:
+        """What the lead had to say. Raises RoleLostError if a rank has not answered for too long: it hangs."""
+        now, limit_s = time.monotonic(), self.config.recovery.hang_timeout_s
+        if self.is_starting:
+            limit_s = max(limit_s, START_HANG_S)
+        if now - self._looked > AWAY_S:
+            self._asked = {rank: (ref, now) for rank, (ref, _) in self._asked.items()}
+        self._looked = now
+        news: list[Any] = []
+        for rank, actor in enumerate(self.actors):
+            ref, since = self._asked.pop(rank, (None, now))
+            if ref is None:
+                ref = actor.take_news.remote()
+            elif ray.wait([ref], timeout=0)[0]:
+                if error_of(ref) is None:  # else its train() says what is wrong
+                    news += ray.get(ref)
+                continue
+            elif now - since > limit_s:
+                raise RoleLostError([HungError(rank, limit_s)])
+            self._asked[rank] = (ref, since)
+        return news
+
+    def last_news(self) -> list[Any]:
+        """What the lead had to say when the role ended."""
+        ref, _ = self._asked.pop(0, (None, 0.0))
+        late = [one for one in (ref, self.actors[0].take_news.remote()) if one is not None and error_of(one) is None]
+        return [item for one in late for item in ray.get(one)]
+
+    def request_stop(self) -> None:
+        """Ask the role to stop after the step under way."""
+        self.actors[0].request_stop.remote()
+
+    # --- the end ---
+
+    def cause(self, errors: Sequence[Exception]) -> Failure:
+        """The failure behind `errors` and what else comes in a moment."""
+        errors = list(errors)
+        if self.phase is Phase.TRAIN and not any(isinstance(error, HungError) for error in errors):
+            ready, _ = ray.wait(self.pending, num_returns=len(self.pending), timeout=CAUSE_WAIT_S)
+            errors += [error for ref in ready if (error := error_of(ref)) is not None]
+        where = []
+        for rank, actor in enumerate(self.actors):
+            host = self.places[rank].host if rank < len(self.places) else "a host it had not reached"
+            words = f"{self.role} rank {rank} on {host}, about step {self.last_step}"
+            where.append((actor._actor_id.hex(), words, self._who(rank, host)))
+        return find_cause(errors, where)
+
+    def _who(self, rank: int, host: str) -> dict[str, Any]:
+        return {"role": self.role, "rank": rank, "host": host, "step": self.last_step}
+
+    def close(self) -> None:
+        """Let a finished role's processes go; what they held is free for others."""
+        self.kill()
+        self._enter(Phase.DONE, [])
+
+    def kill(self) -> None:
+        """End all processes and give up the room. A process that hangs cannot be asked to, so the system is."""
+        for actor in self.actors:
+            ray.kill(actor, no_restart=True)
+        _kill_processes(self.places)
+        for group in self._room:
+            remove_placement_group(group)
+        self.actors, self.places, self._room, self._asked = [], [], [], {}
+        self._enter(Phase.IDLE, [])
+
+
+def _kill_processes(places: Sequence[Whereabouts]) -> None:
+    """SIGKILL, on every node that lives; returns when they are gone, or KILL_WAIT_S later."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    here = ray.get_runtime_context().get_node_id()
+    by_node: dict[str, list[int]] = {}
+    for place in places:
+        by_node.setdefault(place.node_id, []).append(place.pid)
+    calls = []
+    for node, pids in by_node.items():
+        if node == here and all(place.host == socket.gethostname() for place in places if place.node_id == node):
+            kill_pids(pids)
+        elif node in alive:
+            affinity = NodeAffinitySchedulingStrategy(node, soft=False)
+            calls.append(ray.remote(kill_pids).options(num_cpus=0, scheduling_strategy=affinity).remote(pids))
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=KILL_WAIT_S)
+
+
+def kill_pids(pids: Sequence[int]) -> None:
+    """SIGKILL processes of this machine and wait until they are gone."""
+    deadline = time.monotonic() + KILL_WAIT_S
+    for pid in pids:
+        if not _is_rank(pid):
+            continue
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        while time.monotonic() < deadline and _is_rank(pid):
+            time.sleep(0.01)
+
+
+def _is_rank(pid: int) -> bool:
+    """Whether a process lives and is a rank's: its number may have gone to another."""
+    try:
+        return b"RankActor" in Path(f"/proc/{pid}/cmdline").read_bytes()  # empty once it is dead
+    except OSError:
+        return False
