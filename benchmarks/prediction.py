@@ -101,11 +101,11 @@ UNPACED = {
     "2 + 6": LayoutSettings(pp=2, layers=(2, 6), micro_batches=4),
     "dp2": LayoutSettings(dp=2, micro_batches=2),
     "tp2": LayoutSettings(tp=2, micro_batches=4),
+    "4 + 4, recompute": LayoutSettings(pp=2, layers=(4, 4), micro_batches=4, recompute=True),
 }
 IN_MEMORY = UNPACED | {
     "one stage": LayoutSettings(micro_batches=4),
     "dp2 sharded": LayoutSettings(dp=2, shard=2, micro_batches=2),
-    "recompute": LayoutSettings(pp=2, micro_batches=4, recompute=True),
     "interleaved": LayoutSettings(pp=2, schedule="interleaved", chunks=2, micro_batches=4),
 }
 

@@ -106,12 +106,16 @@ def wait_for_events(
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise AssertionError(f"the run ended with {process.returncode}: {process.communicate()}")
-        if (folder / "events.jsonl").exists() and (
-            sum(one["event"] == event for one in read_events(folder)) >= count
-        ):
+        if (folder / "events.jsonl").exists() and (sum(one["event"] == event for one in read_events(folder)) >= count):
             return
         time.sleep(0.05)
     raise AssertionError(f"no {event} number {count} in {timeout_s} s")
+
+
+def rank_processes(pid: int) -> list[psutil.Process]:
+    """Processes of the ranks of a run, by the pid of its driver."""
+    children = psutil.Process(pid).children(recursive=True)
+    return [child for child in children if "RankActor" in " ".join(child.cmdline())]
 
 
 def kill_tree(pid: int) -> list[int]:

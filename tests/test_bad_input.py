@@ -164,7 +164,7 @@ CONFIG = [
     ),
     bad_setting("two students of one name", "students.early.name=late", "'late' is used 2 times"),
     bad_setting("a student named teacher", "students.late.name=teacher", "taken by the teacher", "choose another"),
-    bad_setting("a start by step and by lead", "students.late.start.step=3", "both step (3) and lead", "keep one"),
+    bad_setting("a start by step and by lead", "students.late.start.step=3", "step (3) and lead", "keep one"),
     bad_setting("a start beyond the end", "students.early.start.step=40", "start.step is 40, run.steps is 40"),
     bad_setting(
         "a loss of shares that are not the teacher's",

@@ -12,10 +12,10 @@ from torch import Tensor
 import titan.ops.look as look_module
 from tests.worlds import World, run_world
 from titan.config.settings import LayoutSettings
-from titan.ops.divergence import SMALLEST_TAIL
 from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import SparseLabels
 from titan.ops.look import VocabShard
+from titan.ops.sparse import SMALLEST_TAIL
 
 WIDTH = 16
 FLOOR = SMALLEST_TAIL

@@ -410,7 +410,6 @@ def test_a_mistake_is_named() -> None:
     )
     call("chunk.columns must be None", draws=draws_of(30, 2), top_k=2, chunk=Chunk(columns=8))
     call("chunk.columns must be None", whole=True, chunk=Chunk(columns=8))
-    call("labels.shrink must be a number, one a token, or adaptive, got some", labels=replace(labels, shrink="some"))
     call("chunk.tokens must be at least 1, got 0", chunk=Chunk(tokens=0))
     call(
         r"labels.ids_NK must be in \[0, 90\), got 0 to 90",

@@ -13,7 +13,6 @@ from torch import Tensor
 from tests.worlds import World, run_world
 from titan.config.settings import LayoutSettings
 from titan.ops import choose
-from titan.ops.divergence import adaptive_shrink
 from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws
 from titan.ops.look import VocabShard
@@ -337,90 +336,6 @@ def test_any_first_draws_give_the_whole_gradient_on_average(
         assert ((bucket - exact).abs() / error).max() > 10
 
 
-def test_the_adaptive_shrinkage_is_the_best_for_independent_draws_where_the_means_are_known() -> None:
-    """All pairs of draws of a small tail: the expected squared error on a grid of shrinkages."""
-    generator = torch.Generator().manual_seed(2)
-    p, q = (torch.rand(7, generator=generator, dtype=torch.float64).softmax(0) for _ in range(2))
-    w, d = 1 - q / p, p - q
-    square, signal = (p * w.square()).sum(), (p * p * w.square()).sum()
-    assert signal.item() == pytest.approx(d.square().sum().item())
-    best = 2 * signal / (square + signal)
-
-    def error(shrink: float) -> float:
-        total = 0.0
-        for i, j in product(range(7), repeat=2):
-            x = torch.zeros(7, dtype=torch.float64)
-            x[i] += w[i] / 2
-            x[j] += w[j] / 2
-            total += (p[i] * p[j] * (shrink * x - d).square().sum()).item()
-        return total
-
-    grid = [index / 200 for index in range(201)]
-    assert abs(min(grid, key=error) - best) <= 1 / 200
-
-
-@pytest.mark.parametrize("tokens", [1.0, 20.0])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_adaptive_is_the_shrinkage_that_its_draws_tell(temperature: float, tokens: float) -> None:
-    given, objective = problem(), Objective(1.0, temperature)
-    labels, head = sparse(given, 90, temperature)
-    log_p = teacher_log_p(given, 90, temperature)
-    tail = log_p.masked_fill(head, -math.inf).softmax(1)
-    drawn = torch.multinomial(tail, 4, replacement=True, generator=torch.Generator().manual_seed(3))
-    log_prob = log_p.gather(1, drawn)
-    log_prob[::5, 2:] = -math.inf
-    log_prob[7] = -math.inf
-    labels = replace(labels, draw_ids_NM=drawn, draw_log_prob_NM=log_prob.float(), shrink="adaptive")
-    labels = replace(labels, shrink_tokens=tokens)
-    log_q = ((given["hidden"].double() @ given["weight"].double().T)[:, :90] / temperature).log_softmax(1)
-    student = log_q.masked_fill(head, -math.inf).softmax(1)
-    shrink = []
-    for row in range(TOKENS):
-        ids = [int(drawn[row, j]) for j in range(4) if log_prob[row, j] > -math.inf]
-        w = [1 - student[row, id].item() / tail[row, id].item() for id in ids]
-        signal = sum(tail[row, id].item() * x * x for id, x in zip(ids, w, strict=True))
-        known = len(ids) * tokens
-        shrink.append(known * signal / (sum(x * x for x in w) + (known - 1) * signal) if ids else 1.0)
-    assert all(0 < x <= 1 for x in shrink) and min(shrink) < 0.9
-    got, got_weight = head_of(given, 90, labels, objective, Chunk(7))
-    want, want_weight = head_of(given, 90, replace(labels, shrink=torch.tensor(shrink)), objective)
-    assert got.divergence == pytest.approx(want.divergence.item(), rel=1e-6)
-    assert (got_weight - want_weight).abs().max() <= 1e-5 * want_weight.abs().max()
-    nothing = torch.zeros(2, 3)
-    assert (adaptive_shrink(nothing, nothing + 0.2, torch.full((2, 1), 3)) == 1).all(), "nothing to shrink"
-
-
-@pytest.mark.parametrize("exponent", [1.2, 1.5, 2.0])
-def test_adaptive_has_less_error_a_token_than_no_draws_and_than_fixed_shrinkage(exponent: float) -> None:
-    """Logits of the teacher plus noise, all tokens unlike: the squared error of the gradient in logits."""
-    tokens, size = 400, 500
-    generator = torch.Generator().manual_seed(6)
-    order = torch.rand(tokens, size, generator=generator).argsort(1)
-    teacher = (-exponent * torch.arange(1, size + 1).log()).expand(tokens, size).gather(1, order)
-    student = teacher + torch.randn(tokens, size, generator=generator) * 0.5
-    shard = VocabShard(0, size, size, None)
-    draws = TailDraws(4, 1, torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
-    says = label_logits(teacher, 8, draws, 1.0, shard)
-    labels = SparseLabels(says.ids_NK, says.log_prob_NK, "bucket", says.draw_ids_NM, says.draw_log_prob_NM)
-
-    def gradient(labels: SparseLabels | DenseLabels) -> Tensor:
-        """With respect to logits, which are the hidden states of a head that multiplies by one."""
-        result = run_head(
-            student, torch.eye(size), torch.zeros(tokens, dtype=torch.int64), torch.ones(tokens), shard,
-            objective=Objective(1.0), labels=labels, grad_weight_VD=torch.zeros(size, size),
-        )  # fmt: skip
-        assert result.grad_hidden_ND is not None
-        return result.grad_hidden_ND
-
-    exact = gradient(DenseLabels(teacher))
-    forms = {"none": 0.0, "half": 0.5, "all": 1.0, "adaptive": "adaptive"}
-    error = {
-        name: (gradient(replace(labels, shrink=shrink)) - exact).square().sum()  # type: ignore[arg-type]
-        for name, shrink in forms.items()
-    }
-    assert error["adaptive"] < 0.97 * error["none"] < 0.97 * min(error["half"], error["all"])
-
-
 # --- mistakes ---
 
 
@@ -438,7 +353,6 @@ def test_a_loss_that_labels_cannot_give_is_refused_with_the_remedy() -> None:
         (none, {"loss": "reverse_kl"}, "reverse_kl needs the teacher's own .* labels.tail none; use tail bucket"),
         (none, {"loss": "jsd"}, "jsd needs the teacher's own"),
         (none, {"loss": "mse"}, "mse needs the teacher's own"),
-        (replace(drawn, shrink_tokens=0.0), {}, "labels.shrink_tokens must be above 0, got 0.0"),
         (DenseLabels(), {}, "labels must have logits_NV, or hidden_ND and weight_VD, got neither"),
         (replace(whole, hidden_ND=given["hidden"]), {}, "must be None where there are labels.logits_NV"),
         (DenseLabels(torch.zeros(TOKENS, 89)), {}, r"labels.logits_NV must be \[30, at least 90\], got \[30, 89\]"),

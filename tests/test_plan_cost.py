@@ -256,6 +256,25 @@ def test_activations_are_those_of_the_micro_batches_in_flight() -> None:
     assert few.activations == pytest.approx(2 * (2 * 4000 + 4000 + 2 * edge) + 2 * edge)
 
 
+def test_recomputing_does_the_forward_pass_of_layers_again_but_not_of_embedding_and_head() -> None:
+    """Two stages of micro-batches of four samples, and two chunks of one stage: backward passes by hand."""
+    first, last = (StageSettings(layers=(number,), device="fast") for number in (3, 1))
+    plain = predict(costs_of(), first, last, micro_batches=2)
+    again = predict(costs_of(), first, last, micro_batches=2, recompute=True)
+    assert [times.forward_s for times in again.times] == [times.forward_s for times in plain.times]
+    assert [times.backward_s for times in plain.times] == pytest.approx([5 * (3 * 2 + 0.2), 5 * (2 + 1.0)])
+    assert [times.backward_s for times in again.times] == pytest.approx([5 * (3 * 3 + 0.2), 5 * (3 + 1.0)])
+    assert [pace.backward_s[0] for pace in again.paces] == [times.backward_s for times in again.times]
+    assert again.busy_s[0] == pytest.approx(2 * 5 * (3 * 4 + 0.3))
+    # the last stage is never idle after its first forward pass; with longer passes back it is the first that is late
+    edge_s, tail_s = 0.01 + 4 * HIDDEN_BYTES / 1e9, again.timeline.tail_s[0]
+    assert plain.step_s == pytest.approx(15.5 + edge_s + 2 * (20 + 15) + edge_s + 31 + tail_s)
+    assert again.step_s == pytest.approx(15.5 + edge_s + (20 + 20) + edge_s + 2 * 46 + tail_s)
+    cut = StageSettings(layers=(1, 1), device="fast")
+    chunks = predict(costs_of(), cut, cut, micro_batches=2, schedule="interleaved", chunks=2, recompute=True)
+    assert [times.backward_s for times in chunks.times] == pytest.approx([5 * (3 + 0.2), 15.0, 15.0, 5 * (3 + 1.0)])
+
+
 def test_recomputing_keeps_layer_inputs_and_needs_one_layer_for_a_moment() -> None:
     costs = costs_of()
     memory = predict(costs, StageSettings(layers=(4,), device="fast"), micro_batches=4, recompute=True).memory[0]

@@ -30,7 +30,7 @@ from titan.plan.profile import Profile
 from titan.plan.search import exact, joint
 from titan.plan.search.choices import layout_settings, micro_batch_choices, problems
 from titan.plan.search.joint import plan_jointly
-from titan.plan.search.node_loss import plans_after_node_loss
+from titan.plan.search.node_loss import loss_plans, plan_without, plans_after_node_loss
 from titan.plan.search.options import PlacedStage, stage_bytes, timeline_of
 from titan.plan.search.role import plan_role
 from titan.plan.search.settle import predict
@@ -92,6 +92,7 @@ def every_layout(costs: Costs, search: SearchSettings) -> Iterator[Prediction]:
                                     for k, start, end in zip(order, [0, *cuts], ends, strict=True)
                                 ),
                                 micro_batches=number,
+                                recompute=search.recompute,
                             ),
                         )
 
@@ -109,12 +110,18 @@ def random_costs(rng: random.Random) -> Costs:
 
 
 @pytest.mark.parametrize("most_work", [0, exact.MOST_WORK])
-def test_a_plan_is_within_its_gap_of_the_best_of_all_layouts(monkeypatch: pytest.MonkeyPatch, most_work: int) -> None:
-    """By the search that large problems get, and by trying every pipeline at once."""
+@pytest.mark.parametrize(("recompute", "seeds", "share_best"), [(False, range(60), 0.9), (True, range(60, 90), 0.7)])
+def test_a_plan_is_within_its_gap_of_the_best_of_all_layouts(
+    monkeypatch: pytest.MonkeyPatch, most_work: int, recompute: bool, seeds: range, share_best: float
+) -> None:
+    """By the search that large problems get, and by trying every pipeline at once.
+
+    share_best: of plans, those that are the best to the last digit; the others are a few millionths above it
+    """
     monkeypatch.setattr(exact, "MOST_WORK", most_work)
-    search = SearchSettings(tensor=(1, 2), schedule="1f1b")
+    search = SearchSettings(tensor=(1, 2), schedule="1f1b", recompute=recompute)
     best_found = fitting = limited = 0
-    for seed in range(60):
+    for seed in seeds:
         costs = random_costs(random.Random(seed))
         every = list(every_layout(costs, search))
         fits = [prediction.step_s for prediction in every if not prediction.too_large]
@@ -131,8 +138,8 @@ def test_a_plan_is_within_its_gap_of_the_best_of_all_layouts(monkeypatch: pytest
         assert plan.step_s <= min(fits) * (1.0 + 1e-9 if most_work else 1.02), seed
         assert plan.gap < 1e-9 or not most_work, seed
         best_found += plan.step_s <= min(fits) * (1 + 1e-9)
-    assert fitting >= 40 and limited >= 20
-    assert best_found >= 0.9 * fitting
+    assert fitting >= len(seeds) * 2 // 3 and limited >= len(seeds) // 3
+    assert best_found >= share_best * fitting
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -217,9 +224,36 @@ def test_a_lost_node_of_any_kind_has_a_plan_that_is_looked_up() -> None:
         assert all(used[name] <= left[name] for name in left)
         anew = plan_role(replace(costs, fleet=costs.fleet.without({kind: 2})), search)
         assert anew.bound_step_s * (1 - 1e-9) <= then.step_s <= 1.6 * anew.step_s
+
+
+def test_the_plan_without_a_node_is_found_by_its_name() -> None:
+    costs = costs_of({"fast": 4, "slow": 4}, {"fast": 40.0, "slow": 15.0}, layers=8, batch=8, per_node=2)
+    nodes = [
+        NodeSettings(name=name, kind=kind, devices=2, count=2, memory_gb=1.0)
+        for name, kind in (("rack-a", "fast"), ("rack-1", "slow"))
+    ]
+    plan = plan_role(costs, SearchSettings(tensor=(1, 2)))
+    plans = loss_plans(plan, InventorySettings(nodes=tuple(nodes)))
     begin = time.perf_counter()
-    assert after["fast"] is not None
+    found = {
+        node: plan_without(node, plans) for node in ("rack-a", "rack-a-0", "rack-a-1", "fast", "rack-1", "rack-1-0")
+    }
     assert time.perf_counter() - begin < 0.01
+    kinds = {node: "fast" if node in ("rack-a", "rack-a-0", "rack-a-1", "fast") else "slow" for node in found}
+    assert all(found[node] is plans.after[kind] for node, kind in kinds.items())
+    for unknown in ("rack-b", "rack-b-0", "rack-a-x", "medium"):
+        with pytest.raises(ConfigError, match=f"node '{unknown}' is none of the inventory's; there are rack-a, rack-1"):
+            plan_without(unknown, plans)
+    with pytest.raises(ConfigError, match="without node 'rack-a-1' the model fits nowhere; put another fast in its"):
+        plan_without("rack-a-1", replace(plans, after={"fast": None, "slow": None}))
+
+
+def test_where_nodes_of_a_kind_are_unlike_the_largest_is_taken_to_be_lost() -> None:
+    costs = costs_of({"fast": 6}, {"fast": 40.0}, layers=8, batch=8)
+    nodes = tuple(NodeSettings(name=f"of-{number}", kind="fast", devices=number, memory_gb=1.0) for number in (2, 4))
+    uneven = replace(costs, fleet=replace(make_fleet(InventorySettings(nodes=nodes)), networks=costs.fleet.networks))
+    after = plans_after_node_loss(plan_role(uneven, SearchSettings(tensor=(1, 2))))["fast"]
+    assert after is not None and after.prediction.layout.num_ranks <= 2
 
 
 def test_a_node_whose_devices_stand_idle_may_go() -> None:
@@ -326,5 +360,11 @@ def test_three_kinds_of_256_devices_take_at_most_ten_seconds_of_one_core() -> No
     assert sum(plan.devices.values()) == 768
     assert plan.uniform_step_s is not None and plan.best_single_kind_step_s is not None
     assert plan.step_s < min(plan.uniform_step_s, plan.best_single_kind_step_s)
-    after = plans_after_node_loss(plan)
-    assert all(then is not None and then.step_s < plan.best_single_kind_step_s for then in after.values())
+    plans = loss_plans(plan, inventory)
+    begin = time.perf_counter()
+    after = [
+        plan_without(f"{group.name}-{number}", plans) for group in inventory.nodes for number in range(group.count)
+    ]
+    assert len(after) == 96
+    assert time.perf_counter() - begin < 1.0
+    assert all(then.step_s < plan.best_single_kind_step_s for then in after)

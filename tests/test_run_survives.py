@@ -15,6 +15,7 @@ import torch
 from tests.runs import (
     kill_tree,
     processes_under,
+    rank_processes,
     start_titan,
     titan,
     wait_for_events,
@@ -128,12 +129,6 @@ def placed(run: Path, role: str) -> list[int]:
     """Processes of the ranks of a role, those that were started last."""
     events = [event for event in read_events(run) if event["event"] == "placed" and event["role"] == role]
     return [int(process.rpartition(":")[2]) for process in events[-1]["processes"]]
-
-
-def rank_processes(pid: int) -> list[psutil.Process]:
-    """Processes of the ranks of a run, by the pid of its driver."""
-    children = psutil.Process(pid).children(recursive=True)
-    return [child for child in children if "RankActor" in " ".join(child.cmdline())]
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])

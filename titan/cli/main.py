@@ -12,6 +12,7 @@ from rich.console import Console
 
 from titan.cli.labels import labels_app
 from titan.config.load import load_config
+from titan.config.settings import ClusterSettings
 from titan.errors import ConfigError, TitanError
 
 app = typer.Typer(
@@ -27,26 +28,45 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Change one setting: --set run.steps=100.", metavar="A.B=VALUE")
 ]
 
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="The Ray to join, instead of cluster.address; auto: what RAY_ADDRESS says, or the one on this machine; "
+        "local: start one.",
+        metavar="HOST:PORT",
+    ),
+]
+
 
 @app.command()
 def run(
     file: RunFile,
     overrides: Overrides = None,
+    address: Address = None,
     overwrite: Annotated[bool, typer.Option(help="Delete the run folder first if it exists.")] = False,
+    go_on: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run if it was started before, as `titan resume` does.")
+    ] = False,
 ) -> None:
     """Train the teacher and its students; ends with a report."""
-    from titan.cluster.launch import new_run
+    from titan.cluster.launch import new_run, resume_run, run_folder
 
-    config = load_config(file, overrides or [])
+    if overwrite and go_on:
+        raise ConfigError("--overwrite --resume: a run that is deleted cannot go on; leave one of them out")
+    overrides = _with_address(overrides, address)
+    config = load_config(file, overrides)
+    if go_on and (run_folder(config) / "config.toml").is_file():
+        _finish(resume_run(run_folder(config), overrides, Console()))
+        return
     _finish(new_run(config, overwrite, Console()))
 
 
 @app.command()
-def resume(folder: RunFolder, overrides: Overrides = None) -> None:
+def resume(folder: RunFolder, overrides: Overrides = None, address: Address = None) -> None:
     """Go on with a stopped or killed run from its newest checkpoints, maybe in other layouts."""
     from titan.cluster.launch import resume_run
 
-    _finish(resume_run(folder, overrides or [], Console()))
+    _finish(resume_run(folder, _with_address(overrides, address), Console()))
 
 
 @app.command()
@@ -156,6 +176,12 @@ def doctor(
     kind: Annotated[str | None, typer.Option(help="With --profile: what to call this kind of device.")] = None,
     tensor: Annotated[list[int] | None, typer.Option(help="With --profile: a tensor degree; give several.")] = None,
     samples: Annotated[list[int] | None, typer.Option(help="With --profile: a micro-batch; give several.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="With --profile: a Ray cluster whose links to measure too; alone without --run.", metavar="HOST:PORT"
+        ),
+    ] = None,
 ) -> None:
     """What this machine can do, which back ends are chosen, and why; exit code 1 if a run cannot start."""
     from titan.cli.doctor import print_findings
@@ -167,16 +193,31 @@ def doctor(
 
         calibrate_profile(calibrate, profile, Console())
         return
+    if address is not None and profile is None:
+        raise ConfigError(f"--address {address}: needs --profile, the file to write links into")
     if profile is not None:
+        if run is None and address is not None:
+            from titan.cli.measure import write_links
+
+            write_links(ClusterSettings(address=address), profile, Console(), kind)
+            return
         if run is None:
-            raise ConfigError(f"--profile {profile}: needs --run RUN.toml, which names the models to measure")
+            raise ConfigError(
+                f"--profile {profile}: needs --run RUN.toml, which names the models to measure, or --address"
+            )
         warnings.simplefilter("ignore")  # of megatron-core, on import, about what `titan doctor` says better
         from titan.cli.measure import write_profile
 
-        write_profile(load_config(run), profile, Console(), kind, tensor or [1], samples or [1, 2, 4, 8])
+        sets = [f"cluster.address={address}"] if address is not None else []
+        write_profile(load_config(run, sets), profile, Console(), kind, tensor or [1], samples or [1, 2, 4, 8])
         return
     if not print_findings(Console(), try_ray=ray):
         raise typer.Exit(1)
+
+
+def _with_address(overrides: Sequence[str] | None, address: str | None) -> list[str]:
+    """Overrides, with --address as one of them: the last, so that it wins."""
+    return [*(overrides or []), *([f"cluster.address={address}"] if address is not None else [])]
 
 
 def _finish(folder: Path) -> None:

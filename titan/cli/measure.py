@@ -1,6 +1,7 @@
-"""`titan doctor --profile` and `--calibrate`: what devices take, as measured alone and as a run has shown it."""
+"""`titan doctor --profile` and `--calibrate`: what devices and links take, measured alone and as a run has shown it."""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
@@ -11,13 +12,15 @@ from rich.table import Table
 from titan.config.environment import cpu_count
 from titan.config.planning import (
     DeviceCostSettings,
+    InventorySettings,
     LinkSettings,
     ProfileSettings,
     ShapeSettings,
     TaskSettings,
+    load_inventory,
     load_profile,
 )
-from titan.config.settings import TEACHER, RunConfig
+from titan.config.settings import ClusterSettings, RunConfig
 from titan.data.tokenizer import Tokenizer
 from titan.errors import ConfigError
 from titan.observe.events import read_events
@@ -27,13 +30,24 @@ from titan.observe.planned import promises
 from titan.observe.status import since_last_start
 from titan.platform.device import num_devices, prepare_process, select_platform
 
+PLAIN_WIDTH = 160
+"""Columns where there is no terminal."""
+
 
 def write_profile(
     config: RunConfig, out: Path, console: Console, kind: str | None, tensor: list[int], samples: list[int]
 ) -> None:
-    """Measure every shape of model in a run, print a table, and write a JSON profile. Raises ConfigError."""
-    if not out.parent.is_dir():
-        raise ConfigError(f"--profile {out}: {out.parent} is no folder; make it first")
+    """Measure every shape of model in a run, print a table, and write a profile.
+
+    Links between nodes come last, where `cluster.address` names a Ray cluster; the rest has been written by then.
+    Raises ConfigError, and PlatformError for a cluster that cannot be measured.
+    """
+    _check_out(out)
+    if config.cluster.address is not None:  # before minutes of measuring
+        from titan.cluster.preflight import check_cluster
+
+        check_cluster(config.cluster.address)
+    inventory = load_inventory(Path(config.cluster.inventory)) if config.cluster.inventory is not None else None
     platform = select_platform(config.cluster.device)
     prepare_process(platform)
     from titan.train.measure import measure_link, measure_shape  # megatron-core comes after the process is set up
@@ -61,17 +75,67 @@ def write_profile(
         shapes=tuple(shapes),
         links=(LinkSettings(between=(kind, kind), latency_s=latency_s, gb_per_s=gb_per_s),),
     )
-    out.write_text(json.dumps(profile.model_dump(mode="json"), indent=1) + "\n")
+    _write(profile, out)
     _show(profile, console)
     console.print(f"profile of {kind}: {out}", highlight=False, soft_wrap=True)
+    if config.cluster.address is not None:
+        write_links(config.cluster, out, console, kind, inventory)
+
+
+def write_links(
+    cluster: ClusterSettings, out: Path, console: Console, kind: str | None, inventory: InventorySettings | None = None
+) -> None:
+    """Measure links between the nodes of a Ray cluster and set them in a profile, which is made if it is not there.
+
+    kind:      of nodes that Ray knows no kind for;  inventory: which kinds there are, and their islands
+    Raises ConfigError for a profile that cannot be read and fewer than two nodes, PlatformError for a cluster that
+    cannot be joined or measured.
+    """
+    address = cluster.address or ""
+    if address != "auto" and re.fullmatch(r"[^/\s]+:\d{1,5}", address) is None:
+        raise ConfigError(f"--address {address}: want host:port of a running Ray; `ray start --head` prints it")
+    _check_out(out)
+    profile = load_profile(out) if out.exists() else ProfileSettings()
+    from titan.cluster.links import link_nodes, links_of, measure_links
+    from titan.cluster.preflight import check_cluster
+    from titan.cluster.session import ray_session
+
+    check_cluster(address)
+    with ray_session(cluster):
+        pairs = measure_links(cluster, link_nodes(cluster, kind, inventory))
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    table = Table(box=None, pad_edge=False)
+    for title in ("between", "and", "islands", "devices at once", "latency ms", "GB/s each"):
+        table.add_column(title, justify="right" if title[0] in "dlG" else "left")
+    for pair in pairs:
+        table.add_row(
+            pair.first.name, pair.second.name, f"{pair.first.island}, {pair.second.island}", str(pair.streams),
+            f"{pair.time.latency_s * 1e3:.2f}", f"{pair.time.bytes_per_s / 1e9:.3f}",
+        )  # fmt: skip
+    console.print(table)
+    links = {frozenset(link.between): link for link in (*profile.links, *links_of(pairs))}
+    _write(profile.model_copy(update={"links": tuple(links.values())}), out)
+    console.print(f"links between nodes: {out}", highlight=False, soft_wrap=True)
+
+
+def _check_out(out: Path) -> None:
+    if not out.parent.is_dir():
+        raise ConfigError(f"--profile {out}: {out.parent} is no folder; make it first")
+
+
+def _write(profile: ProfileSettings, path: Path) -> None:
+    """As it will be read: JSON where the file's name ends so, else TOML."""
+    values = profile.model_dump(mode="json")
+    text = json.dumps(values, indent=1) + "\n" if path.suffix == ".json" else tomli_w.dumps(values)
+    write_whole(path, text.encode())
 
 
 def _tasks(config: RunConfig) -> dict[str, TaskSettings]:
     vocab_size = config.data.vocab_size
     if config.data.tokenizer is not None:
         vocab_size = Tokenizer(Path(config.data.tokenizer)).vocab_size
-    roles = {TEACHER: (config.teacher.model, config.teacher.precision)}
-    roles |= {student.name: (student.model, student.precision) for student in config.students}
+    roles = {name: (role.model, role.precision) for name, role in config.roles.items()}
     return {
         role: TaskSettings(
             model=model,
@@ -121,7 +185,5 @@ def calibrate_profile(folder: Path, path: Path, console: Console) -> None:
         factor = statistics.median(found)
         known[kind] = before.model_copy(update={"calibration": before.calibration * factor})
         console.print(f"{kind}: passes took {factor:.3f} times what was predicted", highlight=False)
-    values = profile.model_copy(update={"devices": tuple(known.values())}).model_dump(mode="json")
-    text = json.dumps(values, indent=1) + "\n" if path.suffix == ".json" else tomli_w.dumps(values)
-    write_whole(path, text.encode())
+    _write(profile.model_copy(update={"devices": tuple(known.values())}), path)
     console.print(f"calibrated: {path}", highlight=False, soft_wrap=True)

@@ -83,7 +83,7 @@ def _vocab_size(config: RunConfig) -> int:
 
 def _table(config: RunConfig, layouts: Mapping[str, Layout], inventory: Inventory) -> Table:
     nodes = likely_nodes(layouts, inventory)
-    models = {TEACHER: config.teacher.model} | {student.name: student.model for student in config.students}
+    models = {name: role.model for name, role in config.roles.items()}
     vocab_size = _vocab_size(config)
     table = Table(title=f"plan of {config.run.name}", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("role", "stage", "layers", "tp", "dp", "ranks", "params/rank", "node"):

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import os
 import platform
 import shutil
@@ -16,6 +15,7 @@ from rich.console import Console
 
 import titan
 from titan.checkpoint.folder import newest_step, remove_partial
+from titan.cluster.label_source import find_log, provide_labels
 from titan.cluster.planning import Planned, plan_run
 from titan.cluster.preflight import check_checkpoints, check_labels, check_start, forbidden_changes
 from titan.cluster.results import final_results, results_so_far
@@ -28,7 +28,6 @@ from titan.data.corpus import Corpus
 from titan.data.prepare import PrepareProgress, prepare_corpus
 from titan.data.sampler import Sampler
 from titan.data.shards import INDEX_FILE, TOKENIZER_FILE
-from titan.distill.log.manifest import MANIFEST, LogManifest, check_manifest, write_manifest
 from titan.distill.log.repair import reopen
 from titan.errors import ConfigError, DataError, RunError, StoppedError
 from titan.observe.events import EventLog, read_events
@@ -91,6 +90,8 @@ def new_run(config: RunConfig, overwrite: bool, console: Console) -> Path:
     with _hold(folder, make=True), _display(config, console) as display:
         _check_vacant(folder, overwrite)
         corpus = prepare_data(config, display)
+        if config.teacher.log is not None:
+            find_log(config, corpus)
         planned = _plan(config, corpus, display)
         config = planned.config
         with _disk_errors(folder):
@@ -180,8 +181,8 @@ def _execute(launch: Launch) -> Path:
     folder = launch.folder
     with _disk_errors(folder, then=f"`titan resume {folder}` goes on from the last checkpoint"):
         _tidy(launch.config, folder, launch.resumed)
-        if launch.config.students:
-            _sign_labels(launch)
+        if launch.config.students or launch.config.makes_labels:
+            provide_labels(launch.config, launch.corpus, folder)
         with EventLog(folder) as events:
             events.emit("run_started", pid=os.getpid(), host=platform.node(), version=titan.__version__)
             try:
@@ -198,30 +199,9 @@ def _execute(launch: Launch) -> Path:
             events.emit("run_finished", status=ended, wall_s=round(launch.wall_s, 1))
         write_report(folder)
     if outcome.stopped:
-        raise StoppedError(
-            f"stopped at step {outcome.reports[TEACHER].step}; `titan resume {folder}` goes on from there"
-        )
+        step = max(report.step for report in outcome.reports.values())
+        raise StoppedError(f"stopped at step {step}; `titan resume {folder}` goes on from there")
     return folder
-
-
-def _sign_labels(launch: Launch) -> None:
-    """Say in the label log what it is, or check that it is this run's. Raises LabelError if it is not."""
-    config, corpus, folder = launch.config, launch.corpus, launch.folder / "labels" / TEACHER
-    wanted = LogManifest(
-        run_id=hashlib.sha256((launch.folder / "config.toml").read_bytes()).hexdigest()[:16],
-        producer=TEACHER,
-        tokenizer_sha256=hashlib.sha256(corpus.tokenizer.path.read_bytes()).hexdigest(),
-        vocab_size=corpus.vocab_size,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.data.batch_size,
-        codec=config.labels.codec,
-        temperature=config.labels.temperature,
-        seed=config.run.seed,
-    )
-    if (folder / MANIFEST).exists():
-        check_manifest(folder, wanted, "write")
-    else:
-        write_manifest(folder, wanted)
 
 
 def _train(launch: Launch, events: EventLog) -> Outcome:
@@ -348,6 +328,6 @@ def _tidy_role(config: RunConfig, folder: Path, role: str) -> int:
     checkpoints = folder / "checkpoints" / role
     remove_partial(checkpoints)
     step = newest_step(checkpoints) or 0
-    if role == TEACHER and config.students:
+    if role == TEACHER and config.makes_labels:
         reopen(folder / "labels" / TEACHER, needed=step)
     return step

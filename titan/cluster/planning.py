@@ -38,7 +38,7 @@ def plan_run(config: RunConfig, vocab_size: int) -> Planned:
         return Planned(config)
     costs = role_costs(config, vocab_size)
     _check_devices(config, next(iter(costs.values())).fleet)
-    wanted = {role: costs[role] for role, settings in _roles(config).items() if settings.layout.planned}
+    wanted = {role: costs[role] for role, settings in config.roles.items() if settings.layout.planned}
     schedules_s: dict[str, Mapping[str, float | None]] = {}
     if wanted:
         free = _left_over(next(iter(costs.values())).fleet, config)
@@ -47,7 +47,7 @@ def plan_run(config: RunConfig, vocab_size: int) -> Planned:
         schedules_s = {role: plan.schedules_s for role, plan in plans.items()}
         config = _with_layouts(config, {role: plan.settings for role, plan in plans.items()})
     predictions, unknown = {}, {}
-    for role, settings in _roles(config).items():
+    for role, settings in config.roles.items():
         try:
             predictions[role] = costs[role].predict(make_layout(settings.model, settings.layout))
         except ConfigError as error:
@@ -79,7 +79,7 @@ def role_costs(config: RunConfig, vocab_size: int) -> dict[str, Costs]:
     profile = load_profile(Path(cluster.profile))
     fleet = make_fleet(load_inventory(Path(cluster.inventory)), profile.links)
     costs = {}
-    for role, settings in _roles(config).items():
+    for role, settings in config.roles.items():
         task = TaskSettings(
             model=settings.model,
             vocab_size=vocab_size,
@@ -95,7 +95,7 @@ def _check_devices(config: RunConfig, fleet: Fleet) -> None:
     """Raise ConfigError for a kind of device that the inventory has not, or not enough of."""
     mistakes = []
     used = dict.fromkeys(fleet.kinds, 0)
-    for role, settings in _roles(config).items():
+    for role, settings in config.roles.items():
         for index, stage in enumerate(settings.layout.stages or ()):
             where = f"{role}.layout.stages.{index}.device"
             if stage.device is None:
@@ -112,10 +112,6 @@ def _check_devices(config: RunConfig, fleet: Fleet) -> None:
         raise ConfigError("\n".join(mistakes))
 
 
-def _roles(config: RunConfig) -> dict[str, TeacherSettings | StudentSettings]:
-    return {TEACHER: config.teacher} | {student.name: student for student in config.students}
-
-
 def _search(config: RunConfig) -> SearchSettings:
     return SearchSettings(recompute=config.teacher.layout.recompute)
 
@@ -128,7 +124,7 @@ def _on_its_own(costs: Costs, role: str, config: RunConfig) -> Costs:
 def _left_over(fleet: Fleet, config: RunConfig, but: str | None = None) -> Fleet:
     """The devices that no role, or none but one, has claimed by name."""
     used = dict.fromkeys(fleet.kinds, 0)
-    for role, settings in _roles(config).items():
+    for role, settings in config.roles.items():
         for stage in (() if role == but else settings.layout.stages) or ():
             if stage.device in used:
                 used[stage.device] += stage.tp * stage.dp

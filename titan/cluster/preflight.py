@@ -6,8 +6,9 @@ from pathlib import Path
 
 from titan.checkpoint.folder import read_manifest, step_folder
 from titan.cluster.session import local_inventory
-from titan.config.environment import wanted_kernels
-from titan.config.settings import TEACHER, ClusterSettings, RunConfig
+from titan.cluster.token import check_token
+from titan.config.environment import ray_address, wanted_kernels
+from titan.config.settings import ClusterSettings, RunConfig
 from titan.data.corpus import Corpus
 from titan.errors import CheckpointError, ConfigError, PlatformError
 from titan.plan.inventory import check_fits
@@ -27,8 +28,15 @@ def check_start(config: RunConfig) -> None:
     if cluster.address is None:
         check_fits(role_layouts(config), local_inventory(cluster), cluster.cpu_ranks_per_core)
         _check_dashboard_port(cluster)
-    elif cluster.address != "auto":
-        _check_address(cluster.address)
+    else:
+        check_cluster(cluster.address)
+
+
+def check_cluster(where: str) -> None:
+    """Raise PlatformError unless a Ray answers at `cluster.address`, wants a token and takes ours."""
+    if (address := ray_address(where)) != "auto":
+        _check_address(address)
+        check_token(address)
 
 
 def check_labels(config: RunConfig, corpus: Corpus) -> None:
@@ -45,7 +53,7 @@ def check_checkpoints(config: RunConfig, folder: Path, resumed: Mapping[str, int
 
     Sizes are compared here; ranks also compare checksums, as they read the files anyway.
     """
-    models = {TEACHER: config.teacher.model} | {student.name: student.model for student in config.students}
+    models = {name: role.model for name, role in config.roles.items()}
     for role, step in resumed.items():
         if step == 0:
             continue

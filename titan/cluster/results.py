@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
-from titan.config.settings import TEACHER, RunConfig
+from titan.config.settings import RunConfig
 from titan.distill.rank import RoleReport
 from titan.observe.metrics import EvalMetric, StepMetric, read_metrics
 from titan.observe.progress import role_names
@@ -19,7 +19,7 @@ def final_results(config: RunConfig, reports: Mapping[str, RoleReport]) -> dict[
 def results_so_far(config: RunConfig, folder: Path, vocab_size: int) -> dict[str, RoleResult]:
     """Of the roles that made a step, as metrics.jsonl tells. What only a report knows of labels is None."""
     metrics = read_metrics(folder)
-    models = {TEACHER: config.teacher.model} | {student.name: student.model for student in config.students}
+    models = {name: role.model for name, role in config.roles.items()}
     results = {}
     for role, model in models.items():
         steps = [metric for metric in metrics if isinstance(metric, StepMetric) and metric.role == role]

@@ -2,19 +2,22 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
-from titan.config.environment import cpu_count, prepare_environment
+from titan.cluster.token import joining_token, local_token
+from titan.config.environment import cpu_count, prepare_environment, ray_address
 from titan.config.settings import ClusterSettings
 from titan.errors import PlatformError
 from titan.plan.inventory import Inventory, Node
 
 ACCELERATORS = {"cuda": "GPU", "npu": "NPU"}
 """What Ray calls one device of each kind."""
+NODE_POLL_S = 0.25
 OBJECT_STORE_BYTES = 128 << 20
 """Ray's shared memory; labels and checkpoints do not pass through it."""
 
@@ -23,30 +26,56 @@ OBJECT_STORE_BYTES = 128 << 20
 def ray_session(settings: ClusterSettings) -> Iterator[None]:
     """Be connected to Ray inside the block; a local Ray ends with it. Raises PlatformError if that fails."""
     local = settings.address is None
-    prepare_environment(local)
+    variables = prepare_environment(local)
     logging.getLogger("ray").setLevel(logging.ERROR)  # what it has to say in between would tear the live display
-    try:
-        if local:
-            ray.init(
-                num_cpus=cpu_count(),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=settings.dashboard_port is not None,
-                dashboard_port=settings.dashboard_port,
-                log_to_driver=False,
-                configure_logging=False,
-                _node_ip_address="127.0.0.1",
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what raylets say of dead workers is an event
+    with local_token() if settings.address is None else joining_token(ray_address(settings.address)):
+        try:
+            if settings.address is None:
+                _start(settings)
+            else:
+                _join(ray_address(settings.address), variables)
+        except Exception as error:  # Ray raises whatever went wrong below it
+            where = "a local Ray" if local else f"Ray at cluster.address {settings.address}"
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            verb, remedy = ("start", "`titan doctor --ray` looks into it") if local else ("join", "is it up?")
+            raise PlatformError(f"cannot {verb} {where}: {first}; {remedy}") from error
+        try:
+            if not local:
+                _wait_for_nodes(settings)
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _start(settings: ClusterSettings) -> None:
+    ray.init(
+        address="local",  # without it, Ray joins whatever cluster was last started on this host
+        num_cpus=cpu_count(),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=settings.dashboard_port is not None,
+        dashboard_port=settings.dashboard_port,
+        log_to_driver=False,
+        configure_logging=False,
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _join(address: str, variables: dict[str, str]) -> None:
+    ray.init(address=address, log_to_driver=False, configure_logging=False, runtime_env={"env_vars": variables})
+
+
+def _wait_for_nodes(settings: ClusterSettings) -> None:
+    """Nodes join one after the other. Raises PlatformError if too few are there in time."""
+    deadline = time.monotonic() + settings.start_timeout_s
+    while len(names := sorted(node["NodeName"] for node in ray.nodes() if node["Alive"])) < settings.nodes:
+        if time.monotonic() > deadline:
+            raise PlatformError(
+                f"cluster.nodes is {settings.nodes}, but after {settings.start_timeout_s:.0f} s "
+                f"(cluster.start_timeout_s) {len(names)} are there: {', '.join(names)}; start the others with `ray "
+                "start --address`, or lower cluster.nodes"
             )
-        else:
-            ray.init(address=settings.address, log_to_driver=False, configure_logging=False)
-    except Exception as error:  # Ray raises whatever went wrong below it
-        where = "a local Ray" if local else f"Ray at cluster.address {settings.address}"
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        verb, remedy = ("start", "`titan doctor --ray` looks into it") if local else ("join", "is it up?")
-        raise PlatformError(f"cannot {verb} {where}: {first}; {remedy}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        time.sleep(NODE_POLL_S)
 
 
 def discover(settings: ClusterSettings) -> Inventory:

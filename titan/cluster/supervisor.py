@@ -13,12 +13,14 @@ from typing import Any
 import ray
 
 from titan.cluster.failure import Failure
+from titan.cluster.label_service import ServiceKeeper
 from titan.cluster.planning import Planned, plan_picture
 from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError
 from titan.cluster.session import discover
 from titan.config.settings import TEACHER
 from titan.distill.rank import RankSpec, RoleReport
+from titan.distill.service.server import LOCALHOST
 from titan.errors import PlatformError, WorkerError
 from titan.observe.events import EventLog
 from titan.observe.files import write_whole
@@ -79,6 +81,10 @@ class Supervisor:
         self.state = State.PLAN
         self.signals = 0
         self.groups: dict[str, RoleGroup] = {}
+        self.service: ServiceKeeper | None = None
+        if self.config.serves_labels:
+            local = self.config.cluster.address in (None, "local")
+            self.service = ServiceKeeper(run_folder, events, LOCALHOST if local else None)
         self.recovering: dict[str, float] = {}
         """Roles that failed and have made no step since, and when that was noticed."""
         self.restarts: dict[str, tuple[int, int]] = {}
@@ -94,6 +100,8 @@ class Supervisor:
         finally:
             for group in self.groups.values():
                 group.kill()
+            if self.service is not None:
+                self.service.stop()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -159,6 +167,7 @@ class Supervisor:
             rank,
             self.run_folder.absolute(),  # the nodes of a Ray that was joined were not started here
             self.corpus_folder.absolute(),
+            label_token=self.service.token if self.service is not None else "",
             pace=found.paces[rank] if found is not None and paced else None,
             expected_busy_s=found.busy_s if found is not None else (),
         )
@@ -172,6 +181,8 @@ class Supervisor:
             self._train(group)
         self.display.phase("training")
         while not all(group.phase is Phase.DONE for group in self.groups.values()):
+            if self.service is not None:
+                self.service.look()
             starting = any(group.is_starting for group in self.groups.values())
             _rest(self.groups.values(), LOOK_S if starting else POLL_S)
             for group in self.groups.values():
@@ -199,6 +210,11 @@ class Supervisor:
         processes = [f"{place.host}:{place.pid}" for place in group.places]
         self.events.emit("placed", role=group.role, generation=group.generation, processes=processes)
         group.train()
+        if group.role == TEACHER and self.service is not None:
+            node = group.places[group.layout.stages[-1].rank(0, 0)].node_id
+            if node != self.service.node_id:
+                self.service.stop()
+                self.service.start(node)
 
     def _look_after(self, group: RoleGroup) -> None:
         """News of a role and its next phase. Raises RoleLostError if it failed."""

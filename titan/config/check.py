@@ -10,20 +10,17 @@ from titan.config.settings import (
     OptimizerSettings,
     RunConfig,
     Section,
-    StudentSettings,
-    TeacherSettings,
 )
 
 
 def find_mistakes(config: RunConfig) -> list[str]:
     """All contradictions in a config whose types are right."""
     mistakes: list[str] = []
-    roles: list[tuple[str, TeacherSettings | StudentSettings]] = [("teacher", config.teacher)]
-    roles += [(f"students.{student.name}", student) for student in config.students]
-    for name, role in roles:
-        mistakes += _model_mistakes(f"{name}.model", role.model)
-        mistakes += layout_mistakes(f"{name}.layout", role, config.data)
-        mistakes += _optimizer_mistakes(f"{name}.optimizer", role.optimizer)
+    for role in config.roles.values():
+        mistakes += _model_mistakes(f"{role.place}.model", role.model)
+        mistakes += layout_mistakes(f"{role.place}.layout", role, config.data)
+        mistakes += _optimizer_mistakes(f"{role.place}.optimizer", role.optimizer)
+    mistakes += _teacher_mistakes(config)
     mistakes += _student_mistakes(config)
     mistakes += _label_mistakes(config)
     mistakes += _place_mistakes(config)
@@ -52,6 +49,14 @@ def _optimizer_mistakes(name: str, optimizer: OptimizerSettings) -> Iterator[str
         yield f"{name}.final_fraction is {optimizer.final_fraction}, but schedule is 'constant'; leave it out"
 
 
+def _teacher_mistakes(config: RunConfig) -> Iterator[str]:
+    teacher = config.teacher
+    if teacher.log is None and teacher.model is None:
+        yield "teacher.model is missing and has no default; add it, docs/config.md says what it is"
+    if teacher.log is not None and not config.students:
+        yield f"teacher.source is {teacher.source!r}, but there are no students to learn from it; add [[students]]"
+
+
 def _student_mistakes(config: RunConfig) -> Iterator[str]:
     names = [student.name for student in config.students]
     for name in sorted({name for name in names if names.count(name) > 1}):
@@ -61,8 +66,9 @@ def _student_mistakes(config: RunConfig) -> Iterator[str]:
         if student.name == TEACHER:
             yield f"{here}.name is taken by the teacher; choose another"
         start = student.start
-        if start.step is not None and start.lead is not None:
-            yield f"{here}.start has both step ({start.step}) and lead ({start.lead}); keep one"
+        if (start.step is not None) + (start.lead is not None) + start.now > 1:
+            given = {name: value for name, value in start.model_dump().items() if value not in (None, False)}
+            yield f"{here}.start has {' and '.join(f'{name} ({value})' for name, value in given.items())}; keep one"
         if start.step is not None and start.step >= config.run.steps:
             yield f"{here}.start.step is {start.step}, run.steps is {config.run.steps}; start earlier"
 
@@ -111,8 +117,8 @@ def _label_mistakes(config: RunConfig) -> Iterator[str]:
 def _plan_mistakes(config: RunConfig) -> Iterator[str]:
     """What planning needs."""
     cluster = config.cluster
-    layouts = [("teacher", config.teacher.layout), *((f"students.{s.name}", s.layout) for s in config.students)]
-    for name, layout in layouts:
+    for role in config.roles.values():
+        name, layout = role.place, role.layout
         if layout.planned and (cluster.inventory is None or cluster.profile is None):
             missing = "inventory" if cluster.inventory is None else "profile"
             yield f"{name}.layout.planned needs cluster.{missing}, which is absent; give the path of one"
@@ -124,6 +130,7 @@ def _place_mistakes(config: RunConfig) -> Iterator[str]:
     """Paths and addresses."""
     paths = (
         ("run.dir", config.run.dir),
+        ("teacher.source", config.teacher.log),
         ("data.cache", config.data.cache),
         ("data.tokenizer", config.data.tokenizer),
         ("cluster.inventory", config.cluster.inventory),

@@ -10,9 +10,8 @@ from titan.config.settings import (
     LayoutSettings,
     ModelSettings,
     Precision,
+    Role,
     StageSettings,
-    StudentSettings,
-    TeacherSettings,
 )
 
 ALIKE = ("tp", "pp", "dp", "layers", "shard")
@@ -23,7 +22,7 @@ CHOSEN = (*ALIKE, "stages", "micro_batches", "schedule", "chunks")
 """What a planned layout leaves to titan."""
 
 
-def layout_mistakes(name: str, role: TeacherSettings | StudentSettings, data: DataSettings) -> Iterator[str]:
+def layout_mistakes(name: str, role: Role, data: DataSettings) -> Iterator[str]:
     """Everything wrong with the layout of a role; name: dotted, as in run.toml."""
     layout = role.layout
     if layout.planned:

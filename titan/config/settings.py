@@ -1,5 +1,6 @@
 """What a run is: one frozen model a section of run.toml. docs/config.md is generated from this file."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -206,25 +207,33 @@ class OptimizerSettings(Section):
 class TeacherSettings(Section):
     """The large model, trained on text alone."""
 
-    model: ModelSettings
-    """Shape of the teacher."""
+    model: ModelSettings | None = None
+    """Shape of the teacher; required, unless its labels come from a log."""
     layout: LayoutSettings = LayoutSettings()
     """How the teacher is cut over ranks."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer of the teacher."""
     precision: Precision = "fp32"
     """Type of weights and activations; bf16 and fp16 keep fp32 master weights, fp16 scales its loss."""
-    source: Literal["train"] = "train"
-    """Where labels come from: `train` is the teacher's own training pass in this run."""
+    source: Annotated[str, Field(pattern=r"^(train|log:.+)$")] = "train"
+    """Where labels come from: `train` is the teacher's own training pass in this run; `log:PATH` the label log of
+    another run, finished or still training: PATH is its run folder, or `labels/NAME` in it. No teacher trains then."""
+
+    @property
+    def log(self) -> str | None:
+        """The path of another run's label log, if labels come from one."""
+        return self.source.removeprefix("log:") if self.source.startswith("log:") else None
 
 
 class StartSettings(Section):
-    """When a student starts. Set at most one of the two; with neither it starts with the teacher."""
+    """When a student starts. Set at most one of these; with none it starts with the log's first step."""
 
     step: NonNegativeInt | None = None
     """Start after this teacher step."""
     lead: PositiveFloat | None = None
     """Start when the teacher's smoothed training loss is this many nats below that of the fresh student."""
+    now: bool = False
+    """Start after the newest step of the log there is; with `teacher.source` of a run that still trains."""
 
 
 class DistillSettings(Section):
@@ -244,7 +253,7 @@ class DistillSettings(Section):
     the mean squared difference of log-probabilities. Only `forward_kl` is unbiased with labels that are not whole."""
     beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
     """Of `jsd`: the teacher's share of the middle distribution."""
-    shrink: Fraction | Literal["adaptive"] = 1.0
+    shrink: Fraction = 1.0
     """How far drawn entries correct the tail of a label: 1 is unbiased, less is less noisy, 0 ignores them."""
 
 
@@ -274,12 +283,17 @@ class LabelSettings(Section):
     """`sampled`: the most likely entries and some drawn from the rest, as many of each for a token as serve it best:
     unbiased. `top_k`: the most likely entries, and the rest as one bucket: biased in the tail. `random`: entries drawn
     from the whole distribution (arXiv 2503.16870): unbiased and noisy. `full`: every log-probability."""
-    top_k: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Most likely entries that a label of `sampled` or `top_k` may have."""
-    draws: Annotated[int, Field(ge=1, le=1024)] = 8
+    top_k: Annotated[int, Field(ge=1, le=1024)] = 15
+    """Most likely entries that a label of `sampled` or `top_k` may have; a 16th would make their count longer."""
+    draws: Annotated[int, Field(ge=1, le=1024)] = 16
     """Drawn entries that a label of `sampled` may have beyond those; for `random` the number of draws (50 there)."""
     bytes_per_token: Annotated[float, Field(ge=4.0)] | None = 36.0
     """Mean size of a label with `sampled` and `top_k`, in every sample; absent, every entry is sent."""
+    delivery: Literal["auto", "files", "service"] = "auto"
+    """How students get labels: from the log's `files` in the run folder, or from a label `service` on the teacher's
+    node; `auto` is `files` with a local Ray, and `service` in a cluster that is joined."""
+    without_students: bool = False
+    """Make labels even if the run has no students; those of other runs may join at any time by `teacher.source`."""
     temperature: Annotated[float, Field(ge=0.1, le=20.0)] = 1.0
     """T of the distillation loss, the same for all students of the run."""
 
@@ -338,6 +352,19 @@ class RecoverySettings(Section):
     """A process that has not answered for so long counts as hung, and is killed."""
 
 
+@dataclass(frozen=True)
+class Role:
+    """A model that trains in the run: the teacher or a student."""
+
+    name: str
+    place: str
+    """Where run.toml has it: `teacher`, `students.NAME`."""
+    model: ModelSettings
+    layout: LayoutSettings
+    optimizer: OptimizerSettings
+    precision: Precision
+
+
 class RunConfig(Section):
     """A whole run.toml."""
 
@@ -350,3 +377,28 @@ class RunConfig(Section):
     eval: EvalSettings = EvalSettings()
     cluster: ClusterSettings = ClusterSettings()
     recovery: RecoverySettings = RecoverySettings()
+
+    @property
+    def makes_labels(self) -> bool:
+        """Whether this run's teacher writes a label log."""
+        return self.teacher.log is None and (bool(self.students) or self.labels.without_students)
+
+    @property
+    def serves_labels(self) -> bool:
+        """Whether students of this run get their labels from a label service."""
+        delivery = self.labels.delivery
+        joined = self.cluster.address not in (None, "local")
+        return self.makes_labels and bool(self.students) and (delivery == "service" or (delivery == "auto" and joined))
+
+    @property
+    def roles(self) -> dict[str, Role]:
+        """Who trains, by name, the teacher first. No teacher does whose labels come from a log."""
+        every = []
+        teacher = self.teacher
+        if teacher.log is None and teacher.model is not None:
+            every.append(Role(TEACHER, TEACHER, teacher.model, teacher.layout, teacher.optimizer, teacher.precision))
+        every += [
+            Role(one.name, f"students.{one.name}", one.model, one.layout, one.optimizer, one.precision)
+            for one in self.students
+        ]
+        return {role.name: role for role in every}

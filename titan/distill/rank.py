@@ -1,10 +1,12 @@
 """What a rank is told and what it reports, as plain data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from titan.config.settings import TEACHER, RunConfig, StudentSettings, TeacherSettings
+from titan.config.settings import TEACHER, Role, RunConfig
 from titan.plan.pace import Pace
+
+ADDRESS_FILE = "label_service.json"
 
 
 @dataclass(frozen=True)
@@ -18,20 +20,25 @@ class RankSpec:
     corpus_folder: Path
     pace: Pace | None = None
     """On a paced device: the time its passes take."""
+    label_token: str = field(default="", repr=False)
+    """What the label service asks for; empty where labels are read from files."""
     expected_busy_s: tuple[float, ...] = ()
     """By rank of the role: seconds its passes of a step should take; empty where nothing is known."""
 
     @property
-    def settings(self) -> TeacherSettings | StudentSettings:
-        """Settings of the role."""
-        if self.role == TEACHER:
-            return self.config.teacher
-        return next(student for student in self.config.students if student.name == self.role)
+    def settings(self) -> Role:
+        """What trains."""
+        return self.config.roles[self.role]
 
     @property
     def checkpoint_folder(self) -> Path:
         """Checkpoints of the role."""
         return self.run_folder / "checkpoints" / self.role
+
+    @property
+    def label_address_file(self) -> Path:
+        """Where the label service leaves its address."""
+        return self.run_folder / ADDRESS_FILE
 
     @property
     def label_folder(self) -> Path:

@@ -5,17 +5,22 @@ from typing import Any
 
 import numpy as np
 
-from titan.config.settings import StudentSettings
+from titan.config.settings import TEACHER
 from titan.distill.codec.block import LabelBlock
+from titan.distill.control import ControlTracker
 from titan.distill.lead import LeadTracker, distillation_weight
 from titan.distill.log.ledger import Ledger, Place
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.records import FINISHED, Commit
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.role import RoleRank
+from titan.distill.service.client import FlightLabelReader
+from titan.errors import LabelError
 from titan.ops.head import Objective
 from titan.platform.device import Platform
 from titan.tasks.sample_labels import SampleLabels
+
+Reader = LabelReader | FlightLabelReader
 
 
 class StudentRank(RoleRank):
@@ -23,23 +28,24 @@ class StudentRank(RoleRank):
 
     def __init__(self, spec: RankSpec, platform: Platform):
         super().__init__(spec, platform)
-        assert isinstance(spec.settings, StudentSettings)
-        self.student = spec.settings
+        self.student = next(student for student in spec.config.students if student.name == spec.role)
         self.tracker = LeadTracker()
+        self.control = ControlTracker()
         self.start_step: int | None = None
         """Teacher step after which the student started; None before."""
-        self.consumed, self.missed, self.repeated, self.max_lag = 0, 0, 0, 0
+        self.consumed, self.skipped, self.missed, self.repeated, self.max_lag = 0, 0, 0, 0, 0
         self.label_bytes, self.label_tokens = 0, 0
         self.ledger: Ledger | None = None
         """Only the lead keeps it."""
 
     def own_state(self) -> dict[str, Any]:
         """Offset and counts are committed with the weights, so that nothing is lost or learned twice."""
-        names = ("consumed", "missed", "repeated", "max_lag", "label_bytes", "label_tokens")
+        names = ("consumed", "skipped", "missed", "repeated", "max_lag", "label_bytes", "label_tokens")
         return {
             "start_step": self.start_step,
             "place": None if self.start_step is None else [self.step + 1, 0],
             "lead": vars(self.tracker),
+            "control": vars(self.control),
             "counts": {name: getattr(self, name) for name in names},
         }
 
@@ -47,12 +53,13 @@ class StudentRank(RoleRank):
         """Inverse of `own_state`."""
         self.start_step = state["start_step"]
         self.tracker = LeadTracker(**state["lead"])
+        self.control = ControlTracker(**state.get("control", {}))
         for name, value in state["counts"].items():
             setattr(self, name, value)
 
     def train(self) -> RoleReport:
         """Learn every step from the start to the end of the log."""
-        reader = LabelReader(self.spec.label_folder, self.config.cluster.step_timeout_s)
+        reader = self._open_reader()
         self._open_ledger()
         try:
             stopped = self._wait_for_start(reader)
@@ -64,6 +71,12 @@ class StudentRank(RoleRank):
         if self.ledger is not None:
             self.ledger.close()
         return report
+
+    def _open_reader(self) -> Reader:
+        timeout_s = self.config.cluster.step_timeout_s
+        if self.spec.label_token:
+            return FlightLabelReader(self.spec.label_address_file, self.spec.label_token, TEACHER, timeout_s)
+        return LabelReader(self.spec.label_folder, timeout_s)
 
     def _open_ledger(self) -> None:
         """On the lead: go on with the ledger where the checkpoint was made."""
@@ -81,16 +94,19 @@ class StudentRank(RoleRank):
         """Steps since the student's start."""
         return 0 if self.start_step is None else self.step - self.start_step
 
-    def _wait_for_start(self, reader: LabelReader) -> bool:
+    def _wait_for_start(self, reader: Reader) -> bool:
         """Follow the teacher's commits until it is time; True if the run stopped before."""
         if self.start_step is not None:
             return False
         start = self.student.start
         if start.lead is None:
-            first = start.step or 0
-            if first > 0 and reader.wait_commit(first, self._alone_and_stopping) is None:
+            first = self._newest_step(reader) if start.now else start.step or 0
+            commit = reader.wait_commit(first + 1, self._alone_and_stopping)
+            if commit is None and reader.ended is not None and reader.ended.reason == FINISHED:
+                raise LabelError(f"start is after step {first}, with which the log has ended; start earlier")
+            if commit is None:
                 return True
-            self.start_step = self.step = first
+            self.start_step = self.step = commit.step - 1
             return False
         fresh, step = None, 0
         while True:
@@ -106,7 +122,12 @@ class StudentRank(RoleRank):
                 self.tracker = LeadTracker()
                 return False
 
-    def _learn(self, reader: LabelReader) -> bool:
+    def _newest_step(self, reader: Reader) -> int:
+        """The log's last step as the lead sees it, so that all ranks start with the same."""
+        reader.poll()
+        return int(self.world.sum_over_ranks([float(reader.last_committed) if self.world.is_lead else 0.0])[0])
+
+    def _learn(self, reader: Reader) -> bool:
         assert self.start_step is not None
         self.tell_event("student_started", step=self.start_step, reason=self._start_reason())
         total, stopped = self.config.run.steps, False
@@ -130,6 +151,7 @@ class StudentRank(RoleRank):
     def _learn_step(self, commit: Commit, blocks: list[LabelBlock], size: int, lag: int, waited: float) -> bool:
         """One step on the teacher's batch of that step; True if the role was asked to stop."""
         assert self.start_step is not None
+        before = self.step
         self._count(commit, blocks, size, lag)
         self.step = commit.step
         own_step, own_steps = self.step - self.start_step, self.config.run.steps - self.start_step
@@ -143,12 +165,16 @@ class StudentRank(RoleRank):
             Objective(weight, temperature, loss=distill.loss, beta=distill.beta),
             labels=labels,
             shrink=distill.shrink,
+            control=self.control.control,
             votes=self.stop_vote(),
         )
         if self.ledger is not None:
+            if commit.step > before + 1:
+                self.ledger.note(own_step, Place(before + 1, 0), Place(self.step, 0), "skipped", "dropped from the log")
             self.ledger.note(own_step, Place(self.step, 0), Place(self.step + 1, 0), "consumed")
         self.watch_pace(result)
         self.tracker.add(commit.cross_entropy, result.cross_entropy)
+        self.control.add(*result.tail_fit)
         loss = (1 - weight) * result.cross_entropy + weight * temperature**2 * result.divergence
         self.tell(
             self.step_metric(
@@ -168,7 +194,8 @@ class StudentRank(RoleRank):
         """Count what is learned, and what the order of steps shows to be missing or repeated."""
         samples = sum(len(block.sample_ids_B) for block in blocks)
         self.consumed += samples
-        self.missed += max(0, commit.step - self.step - 1) * samples
+        self.skipped += max(0, commit.step - self.step - 1) * samples
+        self.missed = self.skipped
         self.repeated += samples if commit.step <= self.step else 0
         self.max_lag = max(self.max_lag, lag)
         self.label_bytes += size
@@ -191,6 +218,8 @@ class StudentRank(RoleRank):
         start = self.student.start
         if start.lead is not None:
             return f"the teacher leads by {start.lead} nats"
+        if start.now:
+            return "from now on"
         return f"start.step is {start.step}" if start.step else "with the teacher"
 
 

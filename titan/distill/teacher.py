@@ -20,7 +20,7 @@ class TeacherRank(RoleRank):
 
     def __init__(self, spec: RankSpec, platform: Platform):
         super().__init__(spec, platform)
-        self.writes_labels = bool(spec.config.students)
+        self.writes_labels = spec.config.makes_labels
 
     def train(self) -> RoleReport:
         """Train to the last step; labels of a step are committed once every rank has finished it."""

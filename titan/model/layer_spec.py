@@ -39,12 +39,21 @@ class RMSNorm(nn.Module):
 class Attention(SelfAttention):
     """megatron-core's projections around our rotary embedding and attention."""
 
-    def forward(self, normed: Tensor, rope_table: Tensor, visibility: Visibility) -> Tensor:
-        """normed: [S, B, hidden]; rope_table: as titan.model.stage.rope_table makes it."""
-        query, key, value = self.get_query_key_value_tensors(normed)
-        query, key = rope(query, rope_table), rope(key, rope_table)
+    def forward(
+        self, normed: Tensor, rope_table: Tensor, visibility: Visibility, with_heads: bool = False
+    ) -> tuple[Tensor, ...]:
+        """normed: [S, B, hidden]; rope_table: as titan.model.stage.rope_table makes it.
+
+        returns: [S, B, hidden]; if asked also queries, keys and values as `heads` gives them
+        """
+        query, key, value = self.heads(normed, rope_table)
         output: Tensor = self.linear_proj(attention(query, key, value, visibility))[0]
-        return output
+        return (output, query, key, value) if with_heads else (output,)
+
+    def heads(self, normed: Tensor, rope_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of this tensor rank's heads, [S, B, H, D]; queries and keys with their position."""
+        query, key, value = self.get_query_key_value_tensors(normed)
+        return rope(query, rope_table), rope(key, rope_table), value
 
 
 class GatedMLP(MLP):
@@ -60,13 +69,21 @@ class Layer(TransformerLayer):
     """One decoder layer. The sum with its last branch is left to the next norm, which needs it anyway."""
 
     def forward(
-        self, hidden: Tensor, branch: Tensor | None, rope_table: Tensor, visibility: Visibility
-    ) -> tuple[Tensor, Tensor]:
-        """hidden, branch: [S, B, hidden], whose sum is the layer's input; the same of its output comes back."""
+        self,
+        hidden: Tensor,
+        branch: Tensor | None,
+        rope_table: Tensor,
+        visibility: Visibility,
+        with_heads: bool = False,
+    ) -> tuple[Tensor, ...]:
+        """hidden, branch: [S, B, hidden], whose sum is the layer's input; the same of its output comes back.
+
+        with_heads: also hand out queries, keys and values, as in Attention.heads
+        """
         normed, hidden = self.input_layernorm(hidden, branch)
-        attended = self.self_attention(normed, rope_table, visibility)
+        attended, *heads = self.self_attention(normed, rope_table, visibility, with_heads)
         normed, hidden = self.pre_mlp_layernorm(hidden, attended)
-        return hidden, self.mlp(normed)
+        return hidden, self.mlp(normed), *heads
 
 
 def layer_spec(tensor_group: ProcessGroup) -> ModuleSpec:

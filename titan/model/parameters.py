@@ -53,9 +53,6 @@ class ParameterSpec:
 def parameter_specs(model: ModelSettings, vocab_size: int) -> dict[str, ParameterSpec]:
     """Every parameter of a model by global name, in forward order."""
     hidden, ffn, rows = model.hidden, model.ffn, padded_vocab(vocab_size)
-    head_width = hidden // model.heads
-    kv_heads = model.num_kv_heads
-    qkv_rows = (model.heads + 2 * kv_heads) * head_width
     out_std = INIT_STD / math.sqrt(2 * model.layers)  # residual branches shrink with depth (GPT-2)
 
     def cut_rows(rows: int, columns: int, std: float) -> ParameterSpec:
@@ -70,8 +67,7 @@ def parameter_specs(model: ModelSettings, vocab_size: int) -> dict[str, Paramete
         layer = f"layers.{index}"
         specs |= {
             f"{layer}.input_layernorm.weight": norm,
-            # rows are grouped by key-value head: its query heads, its key, its value
-            f"{layer}.self_attention.linear_qkv.weight": cut_rows(qkv_rows, hidden, INIT_STD),
+            f"{layer}.self_attention.linear_qkv.weight": query_key_value_spec(model, INIT_STD),
             f"{layer}.self_attention.linear_proj.weight": cut_columns(hidden, hidden, out_std),
             f"{layer}.pre_mlp_layernorm.weight": norm,
             # gate and up are stacked, and each is cut
@@ -82,6 +78,12 @@ def parameter_specs(model: ModelSettings, vocab_size: int) -> dict[str, Paramete
     if not model.tied:
         specs["head"] = cut_rows(rows, hidden, INIT_STD)
     return specs
+
+
+def query_key_value_spec(model: ModelSettings, std: float) -> ParameterSpec:
+    """The projections of a layer: rows are grouped by key-value head: its query heads, its key, its value."""
+    rows = (model.heads + 2 * model.num_kv_heads) * (model.hidden // model.heads)
+    return ParameterSpec((rows, model.hidden), (rows, model.hidden), 0, std)
 
 
 def padded_vocab(vocab_size: int) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from titan.config.settings import ModelSettings
+from titan.model.auxiliary import Auxiliary, AuxiliaryLayer
+from titan.model.capture import HEADS, NOTHING, Capture, Features, named_features
 from titan.model.layer_spec import RMSNorm, layer_spec, transformer_config
 from titan.model.parameters import padded_vocab
 from titan.ops.attention import Visibility
@@ -50,7 +52,9 @@ class StageModel(nn.Module):
         dtype: torch.dtype,
         sequence_parallel: bool,
         recompute: bool,
+        auxiliary: Auxiliary | None = None,
     ):
+        """auxiliary: what a student has only while it is distilled"""
         super().__init__()
         tp = groups.tp.size()
         self.config = transformer_config(model, dtype, tp, sequence_parallel)
@@ -78,6 +82,7 @@ class StageModel(nn.Module):
             self.final_norm = RMSNorm(self.config, model.hidden, model.norm_eps)
             if not model.tied:
                 self.head = nn.Parameter(torch.empty(rows // tp, model.hidden, dtype=dtype))
+        self.auxiliary = self._auxiliary(auxiliary or Auxiliary(), groups, dtype)
 
     @property
     def output_weight(self) -> nn.Parameter:
@@ -85,11 +90,18 @@ class StageModel(nn.Module):
         weight: nn.Parameter = self.embedding.weight if self.model.tied else self.head
         return weight
 
-    def forward(self, inputs: dict[str, Tensor], chunk: int = 0) -> dict[str, Tensor]:
+    @property
+    def projection(self) -> nn.Parameter | None:
+        """[teacher's width, hidden] of a hint; None on a stage without it."""
+        projection: nn.Parameter | None = getattr(self.auxiliary, "projection", None)
+        return projection
+
+    def forward(self, inputs: dict[str, Tensor], chunk: int = 0, capture: Capture | None = None) -> dict[str, Tensor]:
         """One micro-batch through the blocks of a chunk.
 
         inputs:  `rope` from rope_table; the first stage `tokens` [B, S] int64, a later one `hidden` [S, B, hidden]
                  ([S / tp, B, hidden] with sequence parallelism); maybe `segments` [B, S] int32: a token sees its own
+        capture: features of one layer to lay beside it, if this chunk has the layer (titan.model.capture)
         returns: `hidden` of the same shape, after the final norm on the last stage
         """
         blocks = self.chunks[chunk]
@@ -97,17 +109,38 @@ class StageModel(nn.Module):
         segments = inputs.get("segments")
         visibility = Visibility(causal=True, query_segments=segments, key_segments=segments)
         branch: Tensor | None = None
+        features: Features = {}
         for index in range(blocks.first_layer, blocks.end_layer):
-            run = partial(self.layers[str(index)], rope_table=inputs["rope"], visibility=visibility)
+            asked = capture.names_of(index) if capture is not None else NOTHING
+            with_heads = not asked.isdisjoint(HEADS)
+            run = partial(
+                self.layers[str(index)], rope_table=inputs["rope"], visibility=visibility, with_heads=with_heads
+            )
             if self.recompute and torch.is_grad_enabled():
-                hidden, branch = checkpoint(run, hidden, branch, use_reentrant=False, preserve_rng_state=False)
+                hidden, branch, *heads = checkpoint(run, hidden, branch, use_reentrant=False, preserve_rng_state=False)
             else:
-                hidden, branch = run(hidden, branch)
+                hidden, branch, *heads = run(hidden, branch)
+            features.update(zip(HEADS, heads, strict=False))
+            if "hidden" in asked:
+                features["hidden"] = hidden + branch
         if blocks.has_head:
-            hidden, _ = self.final_norm(hidden, branch)
+            hidden, total = self.final_norm(hidden, branch)
+            if capture is not None and capture.names_of(self.model.layers):
+                extra: nn.Module = self.auxiliary.layer  # type: ignore[assignment]
+                features.update(zip(HEADS, extra(total, inputs["rope"]), strict=True))
         elif branch is not None:
             hidden = hidden + branch
-        return {"hidden": hidden}
+        return {"hidden": hidden} if capture is None else {"hidden": hidden, **named_features(features, capture)}
+
+    def _auxiliary(self, auxiliary: Auxiliary, groups: ProcessGroupCollection, dtype: torch.dtype) -> nn.Module:
+        """Those auxiliary blocks that belong to this stage."""
+        blocks = nn.Module()
+        if auxiliary.layer and self.chunks[-1].has_head:
+            blocks.layer = AuxiliaryLayer(self.model, self.config, groups)
+        hinted = auxiliary.hint_layer
+        if hinted is not None and any(chunk.first_layer <= hinted < chunk.end_layer for chunk in self.chunks):
+            blocks.projection = nn.Parameter(torch.empty(auxiliary.hint_width, self.model.hidden, dtype=dtype))
+        return blocks
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         embedded: Tensor = self.embedding(tokens_BS)

@@ -26,7 +26,7 @@ BAR_WIDTH = 14
 
 def role_names(config: RunConfig) -> list[str]:
     """All roles of a run, the teacher first."""
-    return ["teacher", *(student.name for student in config.students)]
+    return list(config.roles)
 
 
 def waits(config: RunConfig) -> dict[str, str]:

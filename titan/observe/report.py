@@ -117,9 +117,8 @@ def _role_records(config: RunConfig, metrics: Sequence[Metric], summary: Record)
     """A row of the table of roles each; text throughout."""
     evals, styles = newest_evals(config, metrics), figure.role_styles(config)
     records = []
-    shapes = [("teacher", config.teacher.model, config.teacher.layout)]
-    shapes += [(student.name, student.model, student.layout) for student in config.students]
-    for role, model, layout in shapes:
+    for role, settings in config.roles.items():
+        model, layout = settings.model, settings.layout
         steps = [metric for metric in metrics if isinstance(metric, StepMetric) and metric.role == role]
         result = summary.get("roles", {}).get(role, {})
         tokens = result.get("tokens") or sum(metric.tokens for metric in steps)

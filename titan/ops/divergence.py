@@ -19,8 +19,6 @@ from titan.ops.label import DenseLabels, SparseLabels
 from titan.ops.look import Look, TiledLogits, VocabShard
 
 Loss = Literal["forward_kl", "reverse_kl", "jsd", "mse"]
-SMALLEST_TAIL = 1e-6
-"""Floor of a tail mass in float32: below it 1 - Q is rounding noise."""
 BLOCK_ELEMENTS = 1 << 18
 """1 MB of float32."""
 SMALLEST_LOG_PROB = -1e4
@@ -63,9 +61,6 @@ def _log_middle(p_NC: Tensor, q_NC: Tensor, beta: float) -> Tensor:
     return (p_NC * beta).add_(q_NC, alpha=1.0 - beta).clamp_min_(torch.finfo(p_NC.dtype).tiny).log_()
 
 
-# --- sparse labels ---
-
-
 def check_loss(labels: SparseLabels | DenseLabels | None, loss: str, beta: float) -> None:
     """Raise ValueError for a loss that there is not, or that the labels cannot give."""
     if loss not in Loss.__args__:  # type: ignore[attr-defined]
@@ -86,115 +81,6 @@ def check_loss(labels: SparseLabels | DenseLabels | None, loss: str, beta: float
             f"objective.loss {loss} is not linear in the teacher's probabilities, so draws would bias it;"
             " use labels without draws, whole labels, or forward_kl"
         )
-
-
-def sparse_terms(
-    look: Look, labels: SparseLabels, temperature: float, loss: Loss, beta: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence from the teacher, and its gradient in logits / T: a multiple of q plus values at the label's ids.
-
-    Weights that sum to one (a renormalised top k, or sampled ids), forward KL only: q - p.
-    A head and its tail as one bucket: D over K + 1 classes. It is exact on the head and knows nothing of the
-    distribution within the tail, so it is a lower bound of the whole D, and biased. In forward KL draws of the tail
-    correct it (`_correct`). Reverse KL and JSD have this form alone: they are not linear in p.
-    mse: the mean of (log p - log q)^2 over the given ids, head and draws. The student's log q depends on all logits,
-    but other ids are missing from the mean, and the given ones were chosen by their probability: biased.
-    """
-    log_q_NJ = look.picked_NJ[:, 1:] / temperature - look.log_sum_exp_N2[:, 1:]
-    head = labels.ids_NK.shape[1]
-    log_q_NK, log_q_NM = log_q_NJ[:, :head], log_q_NJ[:, head:]
-    if loss == "mse" or labels.tail == "none":
-        both = loss == "mse" and labels.draw_log_prob_NM is not None
-        log_p_NJ = torch.cat(labels.log_probs(), dim=1) if both else labels.log_prob_NK
-        return _open(log_p_NJ, log_q_NJ, loss, beta)
-    divergence_N, multiple_N, values_NK, ratio_N, teacher_tail_N = _bucket(labels.log_prob_NK, log_q_NK, loss, beta)
-    if labels.draw_log_prob_NM is None:
-        return divergence_N, multiple_N, values_NK
-    added_N, values_NM = _correct(labels, log_q_NM, ratio_N, teacher_tail_N)
-    return divergence_N + added_N, multiple_N, torch.cat([values_NK, values_NM], dim=1)
-
-
-def _open(log_p_NJ: Tensor, log_q_NJ: Tensor, loss: Loss, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the given ids alone."""
-    present_NJ = log_p_NJ > -torch.inf
-    log_p_NJ = log_p_NJ.where(present_NJ, 0.0)
-    part_NJ = parts(log_p_NJ, log_q_NJ, loss, beta).where(present_NJ, 0.0)
-    slope_NJ = slopes(log_p_NJ, log_q_NJ, loss, beta).where(present_NJ, 0.0)
-    if loss == "mse":
-        count_N1 = present_NJ.sum(dim=1, keepdim=True).clamp_min(1)
-        part_NJ, slope_NJ = part_NJ / count_N1, slope_NJ / count_N1
-    return part_NJ.sum(dim=1), -slope_NJ.sum(dim=1), slope_NJ
-
-
-def _bucket(
-    log_p_NK: Tensor, log_q_NK: Tensor, loss: Loss, beta: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of the head and the rest as one more class b: s - q S on the head, and (s_b / q_b - S) q on the tail.
-
-    returns: D, multiple of q, values at the head's ids, (1 - P) / (1 - Q) of the masses behind the head, 1 - P
-    """
-    present_NK = log_p_NK > -torch.inf
-    q_NK = log_q_NK.exp().where(present_NK, 0.0)
-    # A teacher's large entries have exact logarithms, so its tail is known well beyond float32; the student's is not.
-    teacher_tail_N = (1.0 - log_p_NK.double().exp().sum(dim=1)).clamp_min(SMALLEST_TAIL).float()
-    student_tail_N = (1.0 - q_NK.sum(dim=1)).clamp_min(SMALLEST_TAIL)
-    log_p_NK = log_p_NK.where(present_NK, 0.0)
-    part_NK = parts(log_p_NK, log_q_NK, loss, beta).where(present_NK, 0.0)
-    slope_NK = slopes(log_p_NK, log_q_NK, loss, beta).where(present_NK, 0.0)
-    tails = teacher_tail_N.log(), student_tail_N.log()
-    part_N, slope_N = parts(*tails, loss, beta), slopes(*tails, loss, beta)
-    ratio_N = slope_N / student_tail_N
-    return (
-        part_NK.sum(dim=1) + part_N,
-        ratio_N - slope_NK.sum(dim=1) - slope_N,
-        slope_NK - q_NK * ratio_N[:, None],
-        teacher_tail_N / student_tail_N,
-        teacher_tail_N,
-    )
-
-
-def _correct(labels: SparseLabels, log_q_NM: Tensor, ratio_N: Tensor, teacher_tail_N: Tensor) -> tuple[Tensor, Tensor]:
-    """What draws j of the tail add to the bucket's forward KL, and to its gradient at j.
-
-    The gradient gets -(shrink / M) (1 - P) w_j, where w_j = 1 - q~_j / p~_j compares the distributions within the
-    tail: the student's own tail is the control variate, so that with shrink 1 the gradient is that of the whole
-    distribution on average, and its noise vanishes as the student learns. The divergence gets the mean of
-    (1 - P) log(p~_j / q~_j), whatever the shrinkage.
-    """
-    assert labels.draw_log_prob_NM is not None
-    drawn_NM = labels.draw_log_prob_NM > -torch.inf
-    count_N1 = drawn_NM.sum(dim=1, keepdim=True).clamp_min(1)
-    share_N1 = teacher_tail_N[:, None] / count_N1
-    log_odds_NM = labels.draw_log_prob_NM - log_q_NM - ratio_N.log()[:, None]  # log(p~ / q~)
-    log_odds_NM = log_odds_NM.where(drawn_NM, 0.0)
-    weight_NM = -torch.expm1(-log_odds_NM)
-    if isinstance(labels.shrink, Tensor):
-        shrink: float | Tensor = labels.shrink[:, None]
-    elif labels.shrink == "adaptive":
-        tail_prob_NM = (labels.draw_log_prob_NM.exp() / teacher_tail_N[:, None]).clamp_max(1.0)
-        shrink = adaptive_shrink(weight_NM, tail_prob_NM, labels.shrink_tokens * count_N1)
-    else:
-        shrink = float(labels.shrink)
-    return (share_N1 * log_odds_NM).sum(dim=1), -shrink * share_N1 * weight_NM
-
-
-def adaptive_shrink(weight_NM: Tensor, tail_prob_NM: Tensor, draws_N1: Tensor) -> Tensor:
-    """[N, 1]: the shrinkage that minimises the expected squared error of the gradient in logits, as the draws tell it.
-
-    The tail's missing part d = p~ - q~ is estimated by x = (1 / M) sum_j e_j w_j with mean d. In a mean over n tokens
-    that have the same d, with M independent draws each,
-        E |shrink x - d|^2 = (1 - shrink)^2 |d|^2 + shrink^2 (E w^2 - |d|^2) / (n M), which is smallest at
-        shrink = n M |d|^2 / (E w^2 + (n M - 1) |d|^2),   where |d|^2 = E_{j ~ p~}[p~_j w_j^2]
-    so that the draws themselves tell both: the means of w_j^2 and of p~_j w_j^2. 1 where w is 0.
-
-    draws_N1: n M
-    It assumes independent draws: spread ones are less noisy, so it shrinks too much, but little. It is biased, by
-    shrinking and because the same draws tell how much.
-    """
-    square_N1 = weight_NM.square().sum(dim=1, keepdim=True)
-    signal_N1 = (tail_prob_NM * weight_NM.square()).sum(dim=1, keepdim=True)
-    shrink_N1 = draws_N1 * signal_N1 / (square_N1 + (draws_N1 - 1) * signal_N1)
-    return shrink_N1.where(square_N1 > 0, 1.0)
 
 
 # --- the whole distribution ---

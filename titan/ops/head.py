@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan.ops.divergence import DenseTeacher, DenseTerms, Loss, check_loss, dense_gradient, dense_terms, sparse_terms
+from titan.ops.divergence import DenseTeacher, DenseTerms, Loss, check_loss, dense_gradient, dense_terms
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws, TeacherSays
 from titan.ops.look import Look, TiledLogits, VocabShard, merge
 from titan.ops.says import teacher_says
+from titan.ops.sparse import sparse_terms
 from titan.ops.vocab import vocab_gradient_, vocab_statistics
 
 CHUNK_TOKENS = 256
@@ -66,6 +67,9 @@ class HeadResult:
     grad_hidden_ND: Tensor | None
     """Gradient of grad_scale * loss, already summed over tensor ranks."""
     labels: TeacherSays | None
+    tail_fit: Tensor | None = None
+    """float64 [2]: sum w r and sum w r^2 over the labels' draws (titan.ops.divergence), each token's times its weight
+    squared; their quotient is the best `control` for labels like these. None without draws."""
 
 
 def run_head(
@@ -97,6 +101,7 @@ def run_head(
     _check(hidden_ND, weight_VD, targets_N, token_weight_N, shard, objective, chunk)
     _check_labels(len(hidden_ND), shard, objective, labels, top_k, draws, whole, chunk)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden_ND.device)
+    tail_fit: Tensor | None = None
     grad_hidden_ND = torch.empty_like(hidden_ND) if grad_weight_VD is not None else None
     says: list[TeacherSays] = []
     tiles = list(_tiles(shard, chunk))
@@ -119,6 +124,9 @@ def run_head(
         dense = None if teacher is None else dense_terms(look, teacher, student, tiles)
         terms = _terms(look, part_labels, dense, objective)
         sums += (terms.losses_N3.double() * weight_N[:, None]).sum(dim=0)
+        if terms.fit_N2 is not None:
+            part_fit = (terms.fit_N2.double() * weight_N[:, None].square()).sum(dim=0)
+            tail_fit = part_fit if tail_fit is None else tail_fit + part_fit
         if top_k or draws is not None or whole:
             logits, part_draws = student.of(tiles[0]), draws and draws.rows(part)
             says.append(teacher_says(look, logits, top_k, part_draws, objective.temperature, shard, whole))
@@ -135,7 +143,7 @@ def run_head(
     if grad_hidden_ND is not None and shard.group is not None:
         dist.all_reduce(grad_hidden_ND, group=shard.group)
     merged = TeacherSays.cat(says) if says else None
-    return HeadResult(sums[0], sums[1], sums[2], grad_hidden_ND, merged)
+    return HeadResult(sums[0], sums[1], sums[2], grad_hidden_ND, merged, tail_fit)
 
 
 def _check(
@@ -253,6 +261,7 @@ class _Terms:
     values_NJ: Tensor
     dense: DenseTerms | None
     """Where labels are whole: their part of the gradient is none of the above."""
+    fit_N2: Tensor | None
 
 
 def _terms(
@@ -265,14 +274,14 @@ def _terms(
     dense_N = (1.0 - soft) + 2.0 * objective.z_loss * log_norm_N
     values_NJ = torch.full_like(look.picked_NJ, soft - 1.0)
     divergence_N = tempered_N = torch.zeros_like(log_norm_N)
+    fit_N2 = None
     if dense is not None:
         divergence_N = dense.divergence_N
     elif isinstance(labels, SparseLabels):
-        divergence_N, multiple_N, sparse_NJ = sparse_terms(
-            look, labels, objective.temperature, objective.loss, objective.beta
-        )
-        tempered_N = soft * objective.temperature * multiple_N
-        values_NJ = torch.cat([values_NJ[:, :1], soft * objective.temperature * sparse_NJ], dim=1)
+        sparse = sparse_terms(look, labels, objective.temperature, objective.loss, objective.beta)
+        divergence_N, fit_N2 = sparse.divergence_N, sparse.fit_N2
+        tempered_N = soft * objective.temperature * sparse.multiple_N
+        values_NJ = torch.cat([values_NJ[:, :1], soft * objective.temperature * sparse.values_NJ], dim=1)
     if objective.temperature == 1.0:
         dense_N, tempered_N = dense_N + tempered_N, torch.zeros_like(tempered_N)
     return _Terms(
@@ -280,4 +289,5 @@ def _terms(
         torch.stack([dense_N, tempered_N], dim=1),
         values_NJ,
         dense,
+        fit_N2,
     )

@@ -29,12 +29,11 @@ class SparseLabels:
     """int64 ids drawn from the tail, with repetition."""
     draw_log_prob_NM: Tensor | None = None
     """float32 log-probabilities of the draws in the whole distribution; -inf where a token has fewer."""
-    shrink: float | Tensor | Literal["adaptive"] = 1.0
-    """How far draws correct the bucket, a number or one a token [N]: 1 is unbiased, less is less noisy. `adaptive`
-    chooses it for each token from its draws (titan.ops.divergence), which is biased."""
-    shrink_tokens: float = 1.0
-    """Of `adaptive`: in how many tokens what is left out is alike, so that it stays in their mean and noise does not.
-    1 is best for one token's gradient and nearly the bucket; a batch wants more: more tokens, more correction."""
+    shrink: float | Tensor = 1.0
+    """How far draws correct the bucket, a number or one a token [N]: 1 is unbiased, less is less noisy."""
+    control: float = 1.0
+    """beta: the multiple of the student's own tail against which draws are held. Any that does not depend on these
+    draws leaves the gradient unbiased; titan.ops.sparse says which is least noisy. A far student wants less."""
 
     def ids(self) -> list[Tensor]:
         """Head and draws, as the loss looks at them."""
@@ -74,10 +73,6 @@ class SparseLabels:
             self._shape("draw_log_prob_NM", self.draw_log_prob_NM, (tokens, draws))
         if isinstance(self.shrink, Tensor):
             self._shape("shrink", self.shrink, (tokens,))
-        elif isinstance(self.shrink, str) and self.shrink != "adaptive":
-            raise ValueError(f"labels.shrink must be a number, one a token, or adaptive, got {self.shrink}")
-        if not self.shrink_tokens > 0:
-            raise ValueError(f"labels.shrink_tokens must be above 0, got {self.shrink_tokens}")
         if self.ids_NK.device.type == "cpu" and not torch.compiler.is_compiling():
             self._check_values(size)
 

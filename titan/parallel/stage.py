@@ -7,6 +7,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from titan.config.settings import ModelSettings
+from titan.model.auxiliary import Auxiliary, auxiliary_specs
 from titan.model.parameters import ParameterSpec, initial_value, parameter_specs
 from titan.model.stage import Blocks, StageModel, gradient_buffer
 from titan.parallel.bridge import TiedBridge, sum_over_islands
@@ -65,13 +66,18 @@ def is_copy(world: World, name: str) -> bool:
     return name == TIED and not world.place.stages[0].has_embedding
 
 
-def build_stage(world: World, model: ModelSettings, vocab_size: int, dtype: torch.dtype, seed: int) -> ParallelStage:
+def build_stage(
+    world: World, model: ModelSettings, vocab_size: int, dtype: torch.dtype, seed: int,
+    auxiliary: Auxiliary | None = None,
+) -> ParallelStage:  # fmt: skip
     """Build this rank's blocks with their initial weights: the same numbers in every layout."""
     place, layout = world.place, world.layout
     chunks = tuple(Blocks(s.first_layer, s.end_layer, s.has_embedding, s.has_head) for s in place.stages)
-    module = StageModel(model, vocab_size, chunks, world.groups, dtype, layout.sequence_parallel, layout.recompute)
+    module = StageModel(
+        model, vocab_size, chunks, world.groups, dtype, layout.sequence_parallel, layout.recompute, auxiliary
+    )
     module.to(world.platform.device)
-    all_specs = parameter_specs(model, vocab_size)
+    all_specs = parameter_specs(model, vocab_size) | auxiliary_specs(model, auxiliary or Auxiliary())
     specs = {}
     for name, parameter in module.named_parameters():
         spec = specs[name] = all_specs[name]

@@ -85,11 +85,15 @@ class Costs:
             raise ConfigError(f"stage {stage.index} wants device {stage.device!r}; the inventory has {known}")
         return stage.device
 
-    def passes(self, stage: Stage, samples: int) -> tuple[float, float]:
-        """Seconds forward and backward of one micro-batch, of which a replica has `samples`."""
+    def passes(self, stage: Stage, samples: int, recompute: bool) -> tuple[float, float]:
+        """Seconds forward and backward of one micro-batch, of which a replica has `samples`.
+
+        recompute: whether the backward pass does the layers' forward pass again (arXiv 1604.06174); embedding and head
+                   keep what they need
+        """
         kind, layers = self.kind_of(stage), stage.end_layer - stage.first_layer
         layer = self.profile.block(kind, "layer", stage.tp, samples)
-        forward_s, backward_s = layers * layer.forward_s, layers * layer.backward_s
+        forward_s, backward_s = layers * layer.forward_s, layers * layer.backward_in(recompute)
         for has, name in ((stage.has_embedding, "embedding"), (stage.has_head, "head")):
             if has:
                 block = self.profile.block(kind, name, stage.tp, samples)  # type: ignore[arg-type]
@@ -130,7 +134,7 @@ class Costs:
         times = []
         for stage in layout.stages:
             shares = {end - start for start, end in stage.samples(samples)}
-            passes = [self.passes(stage, share) for share in shares]
+            passes = [self.passes(stage, share, layout.recompute) for share in shares]
             ahead = layout.stages[stage.index + 1] if stage.index < last else None
             behind = layout.stages[stage.index - 1] if stage.index else None
             times.append(
@@ -171,7 +175,7 @@ class Costs:
         for start, end in stages[0].samples(self.samples_of(layout)):
             share = end - start
             if share not in of_share:
-                passes = [self.passes(stage, share) for stage in stages]
+                passes = [self.passes(stage, share, layout.recompute) for stage in stages]
                 of_share[share] = Pace(tuple(f for f, _ in passes), tuple(b for _, b in passes), tail_s)
             paces += [of_share[share]] * stages[0].tp
         return paces

@@ -15,6 +15,8 @@ class Kind:
     devices: int
     devices_per_node: int
     """Of its smallest node: what every node can hold."""
+    largest_node: int
+    """Devices of its largest node: the most that the loss of one takes."""
     memory_bytes: float
     island: str
     paced: bool
@@ -57,7 +59,8 @@ class Fleet:
             between = sorted(ends) * (2 if len(ends) == 1 else 1)
             raise ConfigError(
                 f"inventory.links has no link between {' and '.join(between)}, which a layout needs; "
-                f"add [[inventory.links]] with between = {between}, gb_per_s"
+                f"add [[inventory.links]] with between = {between}, gb_per_s, or measure it: `titan doctor --profile "
+                "FILE --address HOST:PORT`"
             )
         return self.networks[ends]
 
@@ -71,6 +74,7 @@ def make_fleet(inventory: InventorySettings, measured: Sequence[LinkSettings] = 
             name=node.kind,
             devices=node.devices * node.count + (known.devices if known else 0),
             devices_per_node=min(node.devices, known.devices_per_node if known else node.devices),
+            largest_node=max(node.devices, known.largest_node if known else 0),
             memory_bytes=node.memory_gb * 1e9,
             island=node.island or node.kind,
             paced=node.paced,

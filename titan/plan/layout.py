@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from titan.config.settings import TEACHER, LayoutSettings, ModelSettings, RunConfig, StageSettings
+from titan.config.settings import LayoutSettings, ModelSettings, RunConfig, StageSettings
 from titan.plan.schedule import Schedule, ScheduleName, make_schedule
 
 EMBEDDING = "embedding"
@@ -172,8 +172,7 @@ def _alike(model: ModelSettings, settings: LayoutSettings) -> tuple[StageSetting
 
 def role_layouts(config: RunConfig) -> dict[str, Layout]:
     """The layout of every role, the teacher's first."""
-    layouts = {TEACHER: make_layout(config.teacher.model, config.teacher.layout)}
-    return layouts | {student.name: make_layout(student.model, student.layout) for student in config.students}
+    return {name: make_layout(role.model, role.layout) for name, role in config.roles.items()}
 
 
 def replica_samples(count: int, shares: Sequence[int]) -> tuple[tuple[int, int], ...]:

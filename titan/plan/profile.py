@@ -24,6 +24,10 @@ class BlockCost:
     activation_bytes: float
     workspace_bytes: float
 
+    def backward_in(self, recompute: bool) -> float:
+        """Seconds of a backward pass, after the forward pass is done again where that is wanted."""
+        return self.backward_s + recompute * self.forward_s
+
 
 @dataclass(frozen=True)
 class Profile:

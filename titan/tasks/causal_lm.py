@@ -1,7 +1,6 @@
 """The causal pre-training task: samples to micro-batches, and hidden states to loss, gradients and labels."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -76,13 +75,14 @@ def run_task_head(
     *,
     grad_scale: float | None,
     wish: LabelWish | None = None,
-    shrink: float | Literal["adaptive"] = 1.0,
+    shrink: float = 1.0,
+    control: float = 1.0,
 ) -> HeadResult:
     """Loss of a micro-batch on the last stage; in training the output weight's gradient joins the gradient buffer.
 
     hidden:     [S, B, D], or [S / tp, B, D] with sequence parallelism
     grad_scale: as in titan.ops.head; None only looks
-    shrink:     how far draws correct the bucket (titan.ops.label.SparseLabels)
+    shrink, control: how far draws correct the bucket, and against what (titan.ops.label.SparseLabels)
     returns:    `grad_hidden_ND` reshaped like `hidden`; label rows run over (sample, position)
     """
     cut = module.config.sequence_parallel and shard.group is not None
@@ -91,6 +91,9 @@ def run_task_head(
     device = whole.device
     wish = wish or LabelWish()
     weight = module.output_weight
+    labels = None
+    if batch.labels is not None:
+        labels = told(batch.labels, shard, objective.temperature, shrink, device, control)
     result = run_head(
         whole.reshape(-1, width),
         weight.detach(),
@@ -98,7 +101,7 @@ def run_task_head(
         _by_position(batch.weight_BS),
         shard,
         objective=objective,
-        labels=None if batch.labels is None else told(batch.labels, shard, objective.temperature, shrink, device),
+        labels=labels,
         grad_weight_VD=None if grad_scale is None else gradient_buffer(weight),
         grad_scale=grad_scale or 0.0,
         top_k=wish.top_k,
@@ -112,8 +115,8 @@ def run_task_head(
 
 
 def told(
-    labels: SampleLabels, shard: VocabShard, temperature: float, shrink: float | Literal["adaptive"],
-    device: torch.device,
+    labels: SampleLabels, shard: VocabShard, temperature: float, shrink: float,
+    device: torch.device, control: float = 1.0,
 ) -> Told:  # fmt: skip
     """Labels of samples, at the temperature of the loss, as the head takes them; rows over (position, sample)."""
 
@@ -128,7 +131,7 @@ def told(
     if labels.draw_ids_BSM is None or labels.draw_log_prob_BSM is None:
         return SparseLabels(*entries, labels.tail)
     draws = on_device(labels.draw_ids_BSM, np.int64), on_device(labels.draw_log_prob_BSM, np.float32)
-    return SparseLabels(*entries, labels.tail, *draws, shrink)
+    return SparseLabels(*entries, labels.tail, *draws, shrink, control=control)
 
 
 def _draws(wish: LabelWish, batch: MicroBatch) -> TailDraws:
@@ -142,7 +145,7 @@ def _draws(wish: LabelWish, batch: MicroBatch) -> TailDraws:
 
 def _by_position(x: Tensor) -> Tensor:
     """[B, S, ...] to [S * B, ...]: the order of hidden states."""
-    return x.transpose(0, 1).reshape(-1, *x.shape[2:])
+    return x.transpose(0, 1).flatten(0, 1)
 
 
 def _whole_sequence(hidden: Tensor, shard: VocabShard) -> Tensor:

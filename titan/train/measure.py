@@ -17,6 +17,7 @@ from titan.config.settings import OptimizerSettings
 from titan.model.stage import gradient_buffer, rope_table
 from titan.ops.head import Objective
 from titan.parallel.edge import Tensors
+from titan.parallel.link import LinkTime, measure_transport
 from titan.parallel.live_bytes import LiveBytes, kept_for_backward
 from titan.parallel.local import run_worlds
 from titan.parallel.stage import ParallelStage, build_stage
@@ -33,8 +34,6 @@ LAYERS = 2
 """Layers measured together: with one alone the passes of a small model are mostly the calls around it."""
 LEAST_REPEATS, WARM_UP, MEASURE_S = 8, 3, 0.4
 TIMEOUT_S = 300.0
-SMALL_BYTES, LARGE_BYTES = 1 << 10, 1 << 24
-"""Messages that tell a link's latency and its bandwidth."""
 
 
 def block_layout(kind: BlockKind, layers: int, tp: int) -> Layout:
@@ -187,26 +186,9 @@ def measure_link(platform: Platform) -> tuple[float, float]:
     """Seconds before the first byte arrives and gigabytes a second, between two ranks here by host transport."""
     ends = tuple(Stage(i, i, i + 1, i == 0, i == 1, tp=1, dp=1, shard=1, first_rank=i) for i in range(2))
     layout = Layout(ends, micro_batches=1, sequence_parallel=False, recompute=False, transport="host")
-    small_s, large_s = run_worlds({"link": layout}, platform, _ping_pong, timeout_s=TIMEOUT_S)["link"][0]
-    bytes_per_s = (LARGE_BYTES - SMALL_BYTES) / max(large_s - small_s, 1e-9)
-    return max(0.0, small_s - SMALL_BYTES / bytes_per_s), bytes_per_s / 1e9
+    found = run_worlds({"link": layout}, platform, _measure_link, timeout_s=TIMEOUT_S)["link"][0]
+    return found.latency_s, found.bytes_per_s / 1e9
 
 
-def _ping_pong(world: World) -> tuple[float, float]:
-    """Median seconds of a small and of a large message, one way."""
-    peer, transport = 1 - world.place.rank, world.transport
-    found = []
-    for size in (SMALL_BYTES, LARGE_BYTES):
-        message, into = (torch.zeros(size, dtype=torch.uint8, device=world.platform.device) for _ in range(2))
-        seconds = []
-        for _ in range(LEAST_REPEATS + WARM_UP):
-            begin = time.perf_counter()
-            if world.place.rank == 0:
-                transport.send(message, peer, 0)
-            transport.expect(into, peer, 0).wait()
-            if world.place.rank == 1:
-                transport.send(message, peer, 0)
-            transport.flush()
-            seconds.append((time.perf_counter() - begin) / 2)
-        found.append(statistics.median(seconds[WARM_UP:]))
-    return found[0], found[1]
+def _measure_link(world: World) -> LinkTime:
+    return measure_transport(world.transport, world.place.rank, world.platform.device)

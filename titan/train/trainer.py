@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import torch
@@ -66,6 +65,8 @@ class StepResult:
     """Seconds that each rank of the role computed, not waited, in its passes."""
     votes: list[float] = field(default_factory=list)
     """Sums over all ranks of what each passed as `votes`."""
+    tail_fit: tuple[float, float] = (0.0, 0.0)
+    """What the draws of the labels told of the best `control` (titan.ops.head.HeadResult), over the whole batch."""
 
 
 class Trainer:
@@ -91,7 +92,8 @@ class Trainer:
         labels: SampleLabels | None = None,
         wish: LabelWish | None = None,
         sample_ids: np.ndarray | None = None,
-        shrink: float | Literal["adaptive"] = 1.0,
+        shrink: float = 1.0,
+        control: float = 1.0,
         votes: list[float] | None = None,
         on_labels: Callable[[list[LabelPart]], None] | None = None,
     ) -> StepResult:
@@ -101,7 +103,7 @@ class Trainer:
         labels: of all samples; needed on the last stage when the objective has a weight for them
         wish:   the labels to make, None for none
         sample_ids: int64 [batch_size]; needed where labels are drawn
-        shrink: how far a label's draws correct its bucket (titan.ops.label.SparseLabels)
+        shrink, control: how far a label's draws correct its bucket, and against what (titan.ops.label.SparseLabels)
         votes:  summed over ranks on the way, so that all can agree on something at no cost
         on_labels: called with the labels this rank made, before the exchange that ends the step: once `step` returns
                 anywhere, it has returned from `on_labels` everywhere
@@ -110,7 +112,7 @@ class Trainer:
         batches = self._micro_batches(tokens, np.ones(len(tokens)), labels, sample_ids)
         count = tokens.shape[0] * (tokens.shape[1] - 1)
         grad_scale = self.optimizer.loss_scale / count
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums, fit = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         parts: list[LabelPart] = []
 
         def head(index: int, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -118,9 +120,11 @@ class Trainer:
             first, batch = batches[index]
             result = run_task_head(
                 self.stage.module, hidden, batch, self.shard, objective, grad_scale=grad_scale, wish=wish,
-                shrink=shrink,
+                shrink=shrink, control=control,
             )  # fmt: skip
             sums.add_(torch.stack([result.cross_entropy, result.divergence]).cpu())
+            if result.tail_fit is not None:
+                fit.add_(result.tail_fit.cpu())
             if result.labels is not None and self.world.place.tensor == 0:
                 parts.append(LabelPart(first, len(batch.tokens_BS), result.labels))
             return result.grad_hidden_ND
@@ -138,7 +142,7 @@ class Trainer:
         votes = votes or []
         busy_s = [0.0] * self.world.layout.num_ranks
         busy_s[self.world.place.rank] = sum(self.executor.seconds.values())
-        totals = self._total(sums, [*votes, *busy_s])
+        totals = self._total(torch.cat([sums, fit]), [*votes, *busy_s])
         return StepResult(
             cross_entropy=totals[0] / count,
             divergence=totals[1] / count,
@@ -146,8 +150,9 @@ class Trainer:
             learning_rate=learning_rate,
             tokens=count,
             seconds=time.perf_counter() - begin,
-            busy_s=totals[2 + len(votes) :],
-            votes=totals[2 : 2 + len(votes)],
+            busy_s=totals[4 + len(votes) :],
+            votes=totals[4 : 4 + len(votes)],
+            tail_fit=(totals[2], totals[3]),
         )
 
     def evaluate(self, tokens: np.ndarray) -> float:

@@ -47,7 +47,9 @@ def micro_batch_choices(batch_size: int, search: SearchSettings) -> list[int]:
         return [number for number in range(1, most + 1) if batch_size % number == 0]
     wrong = [number for number in search.micro_batches if batch_size % number]
     if wrong:
-        raise ConfigError(f"search.micro_batches has {wrong[0]}, which does not divide task.batch_size ({batch_size})")
+        raise ConfigError(
+            f"search.micro_batches has {wrong[0]}, which does not divide task.batch_size ({batch_size}); use divisors"
+        )
     return sorted(set(search.micro_batches))
 
 
@@ -120,7 +122,10 @@ def make_option(
         tp=tp,
         dp=replicas,
         layer=StageCost(
-            layer.forward_s, layer.backward_s, layer_count * each, edge_bytes if recompute else layer.activation_bytes
+            layer.forward_s,
+            layer.backward_in(recompute),
+            layer_count * each,
+            edge_bytes if recompute else layer.activation_bytes,
         ),
         # the first stage asks for no activations ahead, the last for no gradients, and the last sends none on
         embedding=StageCost(

@@ -1,14 +1,16 @@
 """What to do when a node is lost, known beforehand: a plan for every kind of node that there is.
 
-Nodes of a kind are alike, so one plan a kind answers for all of them; at the loss it is only looked up. With few
-choices each is a search of its own. With many, the number of micro-batches and the degrees of the other kinds are kept;
-those of the kind that lost a node, the order and the layers are searched anew.
+Nodes of a kind are alike, so one plan a kind answers for all of them, made for the largest. `loss_plans` makes them
+while all is well; at the loss `plan_without` only looks one up. With few choices each is a search of its own. With
+many, the number of micro-batches and the degrees of the other kinds are kept; those of the kind that lost a node, the
+order and the layers are searched anew.
 """
 
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from titan.config.planning import InventorySettings
 from titan.config.settings import LayoutSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
@@ -35,15 +37,50 @@ class AfterLoss:
         return self.prediction.step_s
 
 
+@dataclass(frozen=True)
+class LossPlans:
+    """The answers for all nodes of an inventory, for one role."""
+
+    after: Mapping[str, AfterLoss | None]
+    """By kind of device, as `plans_after_node_loss` gives them."""
+    kinds: Mapping[str, str]
+    """Kind of each group of nodes in the inventory, by its name."""
+
+
+def loss_plans(plan: RolePlan, inventory: InventorySettings) -> LossPlans:
+    """Plan for every loss beforehand: seconds with hundreds of devices, so do it aside while the run trains."""
+    return LossPlans(plans_after_node_loss(plan), {node.name: node.kind for node in inventory.nodes})
+
+
+def plan_without(node: str, plans: LossPlans) -> AfterLoss:
+    """The layout with which the role goes on without one node: a look-up, microseconds.
+
+    node:    a group of nodes in the inventory, one of its nodes (`rack-a-3`), or a kind of device
+    returns: `settings` as they stand in run.toml (`[teacher.layout]`), and what is expected of them
+    Raises ConfigError for a node that is not known, and for one without which the model fits nowhere.
+    """
+    group, _, number = node.rpartition("-")
+    kind = next(
+        (plans.kinds[name] for name in (node, group if number.isdecimal() else "") if name in plans.kinds), node
+    )
+    if kind not in plans.after:
+        known = ", ".join((*plans.kinds, *(kind for kind in plans.after if kind not in plans.kinds)))
+        raise ConfigError(f"node {node!r} is none of the inventory's; there are {known}")
+    found = plans.after[kind]
+    if found is None:
+        raise ConfigError(f"without node {node!r} the model fits nowhere; put another {kind} in its place")
+    return found
+
+
 def plans_after_node_loss(plan: RolePlan) -> Mapping[str, AfterLoss | None]:
     """By kind of device: what to do when a node of it is lost; None where nothing fits then."""
     after: dict[str, AfterLoss | None] = {}
     for name, kind in plan.costs.fleet.kinds.items():
-        if kind.devices - plan.devices[name] >= kind.devices_per_node:  # as many stand idle
+        if kind.devices - plan.devices[name] >= kind.largest_node:  # as many stand idle
             after[name] = AfterLoss(plan.settings, plan.prediction)
             continue
         after[name] = None
-        left = replace(plan.costs, fleet=plan.costs.fleet.without({name: kind.devices_per_node}))
+        left = replace(plan.costs, fleet=plan.costs.fleet.without({name: kind.largest_node}))
         with suppress(ConfigError):  # fits nowhere
             best = best_layout(left, plan.search, _choices(plan, left, name))
             chosen = choose_schedule(left, plan.search, best.settings, best.prediction, best.others)

@@ -1,0 +1,87 @@
+"""Which label log the students of a run learn from: that of its own teacher, or one that another run made or makes."""
+
+import hashlib
+from pathlib import Path
+
+from titan.config.settings import TEACHER, RunConfig
+from titan.data.corpus import Corpus
+from titan.distill.log.manifest import MANIFEST, LogManifest, check_manifest, write_manifest
+from titan.distill.log.reader import LabelReader
+from titan.distill.log.records import FINISHED
+from titan.errors import ConfigError, LabelError
+
+
+def provide_labels(config: RunConfig, corpus: Corpus, folder: Path) -> None:
+    """Make `labels/teacher` of a run folder what its students learn from. Raises LabelError if that does not fit.
+
+    A log of the run's own is signed, or found to be signed; another run's is linked to, and stays where it is.
+    """
+    here = folder / "labels" / TEACHER
+    if config.teacher.log is None:
+        _sign(here, _wanted(config, corpus, folder))
+        return
+    source = find_log(config, corpus)
+    here.parent.mkdir(exist_ok=True)
+    if here.is_symlink():
+        here.unlink()  # resumed where the log has another place
+    here.symlink_to(source)
+
+
+def find_log(config: RunConfig, corpus: Corpus) -> Path:
+    """The folder of the log that `teacher.source` names.
+
+    Raises ConfigError if there is none, or the run asks of it what it has not; LabelError, one line a reason, if it is
+    of another tokenizer, vocabulary or sequence length.
+    """
+    named = Path(config.teacher.log or "")
+    folder = next((place for place in (named, named / "labels" / TEACHER) if (place / MANIFEST).is_file()), None)
+    if folder is None:
+        raise ConfigError(
+            f"teacher.source is {config.teacher.source!r}, but there is no label log; give log: and the folder of a "
+            "run with students, or labels/NAME in it"
+        )
+    found = check_manifest(folder, _wanted(config, corpus, folder), "offline")
+    mistakes = []
+    if found.batch_size != config.data.batch_size:
+        mistakes.append(f"data.batch_size is {config.data.batch_size}, the log has {found.batch_size} samples a step")
+    if found.temperature != config.labels.temperature and found.codec != "full":
+        mistakes.append(f"labels.temperature is {config.labels.temperature:g}, the log's is {found.temperature:g}")
+    for student in config.students:
+        loss = student.distill.loss
+        if loss != "forward_kl" and (found.codec == "random" or (found.codec == "sampled" and loss != "mse")):
+            mistakes.append(f"students.{student.name}.distill.loss is {loss!r}, the log's labels are {found.codec!r}")
+    reader = LabelReader(folder, timeout_s=0.0)
+    reader.poll()
+    if reader.ended is not None and reader.ended.reason == FINISHED and reader.last_committed < config.run.steps:
+        mistakes.append(f"run.steps is {config.run.steps}, the log ends with step {reader.last_committed}")
+    reader.close()
+    if mistakes:
+        raise ConfigError(
+            "\n".join(f"{mistake} ({folder}); set it to fit, or name another log" for mistake in mistakes)
+        )
+    return folder.resolve()
+
+
+def _sign(folder: Path, wanted: LogManifest) -> None:
+    """Say in the label log what it is, or check that it is this run's. Raises LabelError if it is not."""
+    if folder.is_symlink():
+        raise LabelError(f"{folder} is another run's log; start a new run to train a teacher")
+    if (folder / MANIFEST).exists():
+        check_manifest(folder, wanted, "write")
+    else:
+        write_manifest(folder, wanted)
+
+
+def _wanted(config: RunConfig, corpus: Corpus, folder: Path) -> LogManifest:
+    own = folder / "config.toml"
+    return LogManifest(
+        run_id=hashlib.sha256(own.read_bytes()).hexdigest()[:16] if own.exists() else "",
+        producer=TEACHER,
+        tokenizer_sha256=hashlib.sha256(corpus.tokenizer.path.read_bytes()).hexdigest(),
+        vocab_size=corpus.vocab_size,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        codec=config.labels.codec,
+        temperature=config.labels.temperature,
+        seed=config.run.seed,
+    )

@@ -1,0 +1,113 @@
+"""The secret that everyone who talks to a Ray cluster must know: made for a local Ray, brought along to others.
+
+Ray checks it on every call (RAY_AUTH_MODE=token). It travels in files and environment variables only: never in a
+config, a log or the arguments of a process.
+"""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+
+import grpc
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
+
+from titan.config.environment import ray_auth_mode, ray_token, restore_variables, set_ray_auth
+from titan.errors import PlatformError
+
+PROBE = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+"""A question that every Ray head answers at once, with an empty message for an argument."""
+PROBE_TIMEOUT_S = 5.0
+Answer = Literal["welcome", "refused", "silent"]
+
+
+@contextmanager
+def local_token() -> Iterator[None]:
+    """A token of this process's own for the Ray that is started inside, in a file that only this user can read."""
+    if ray_auth_mode() == "disabled":
+        yield
+        return
+    handle, path = tempfile.mkstemp(prefix="titan-ray-token-")  # mode 600
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(secrets.token_hex(32))
+        before = set_ray_auth("token", path)
+        _read_again()
+        try:
+            yield
+        finally:
+            restore_variables(before)
+            _read_again()
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+
+
+@contextmanager
+def joining_token(address: str) -> Iterator[None]:
+    """Show the user's token to the Ray that is joined inside, unless that Ray takes anyone.
+
+    A Ray that is only known as `auto` is left to Ray, which looks for a token itself.
+    """
+    if address == "auto":
+        yield
+        return
+    mode = ray_auth_mode()
+    if mode is None:
+        mode = "disabled" if ask(address, None) == "welcome" else "token"
+    before = set_ray_auth(mode)
+    _read_again()
+    try:
+        yield
+    finally:
+        restore_variables(before)
+        _read_again()
+
+
+def check_token(address: str) -> None:
+    """Raise PlatformError unless the Ray at `host:port` wants a token and takes ours.
+
+    Ray itself would try for 20 seconds, and not say why it gave up.
+    """
+    if ray_auth_mode() == "disabled":
+        if ask(address, None) == "refused":
+            raise PlatformError(
+                f"cluster.address is {address}, a Ray that wants a token, but RAY_AUTH_MODE is 'disabled'; unset it "
+                "and set RAY_AUTH_TOKEN_PATH to a file with the cluster's token"
+            )
+        return
+    if ask(address, None) == "welcome":
+        raise PlatformError(
+            f"cluster.address is {address}, a Ray that lets anyone in who reaches it; start it with "
+            "RAY_AUTH_MODE=token, or set RAY_AUTH_MODE=disabled here if everyone on its network may run code on it"
+        )
+    token = ray_token()
+    if token is None:
+        raise PlatformError(
+            f"cluster.address is {address}, a Ray that wants a token, and there is none here; set "
+            "RAY_AUTH_TOKEN_PATH to a file with the cluster's token, or RAY_AUTH_TOKEN to the token"
+        )
+    if ask(address, token) == "refused":
+        raise PlatformError(
+            f"cluster.address is {address}, a Ray that refuses our token: it is another cluster's; set "
+            "RAY_AUTH_TOKEN_PATH to a file with this cluster's token, or RAY_AUTH_TOKEN to the token"
+        )
+
+
+def ask(address: str, token: str | None) -> Answer:
+    """Whether the Ray at `host:port` lets in who shows this token; `silent` if none answers in time."""
+    shown = [("authorization", f"Bearer {token}")] if token is not None else []
+    with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(PROBE)(b"", metadata=shown, timeout=PROBE_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return "refused" if error.code() is grpc.StatusCode.UNAUTHENTICATED else "silent"
+    return "welcome"
+
+
+def _read_again() -> None:
+    """Let Ray, which read the variables when it was imported, look at them again."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
