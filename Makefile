@@ -16,7 +16,7 @@ $(PACKAGES): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt setuptools wheel
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt "torch==2.13.0"
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation -e ".[test,export]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-build-isolation -e ".[test,export,mpi]"
 	touch $@
 
 # An editable install has built the kernels once; this builds them anew when their sources change.
