@@ -53,7 +53,7 @@ class ServiceKeeper:
     """The driver's side: never waits, except for the first start."""
 
     def __init__(self, run_folder: Path, events: EventLog, host: str | None):
-        self.run_folder, self.events, self.host = run_folder, events, host
+        self.run_folder, self.events, self.host = run_folder.absolute(), events, host
         self.token = secrets.token_hex(16)
         self.node_id = ""
         self.pid = 0
@@ -85,7 +85,7 @@ class ServiceKeeper:
             if error is None:
                 self._note(*ray.get(ref))
             else:
-                self._again(str(error).splitlines()[0])
+                self._again(str(error).strip().splitlines()[-1])
         elif time.monotonic() - since > ACTOR_S:
             self._again(f"its keeper has not answered for {ACTOR_S:.0f} s")
 

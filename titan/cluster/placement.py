@@ -72,3 +72,14 @@ def start_actor(name: str, group: PlacementGroup, index: int) -> Any:
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
     )
     return skin.remote()
+
+
+def free_slots(config: RunConfig, used: Sequence[str]) -> dict[str, int]:
+    """Ranks that each living node can still take; used: the nodes of ranks that have their place."""
+    bundle = rank_bundle(config)
+    slots = {}
+    for node in ray.nodes():
+        if node["Alive"]:
+            rooms = [node["Resources"].get(name, 0.0) / share for name, share in bundle.items()]
+            slots[str(node["NodeID"])] = int(min(rooms) + 1e-6) - list(used).count(node["NodeID"])
+    return slots

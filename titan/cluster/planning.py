@@ -1,6 +1,8 @@
 """Before a run starts: planned layouts are searched for, and what can be predicted of every role is."""
 
+from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from titan.errors import ConfigError
 from titan.observe.gantt import draw_gantt
 from titan.plan.cost import Costs, Prediction
 from titan.plan.fleet import Fleet, make_fleet
-from titan.plan.layout import make_layout
+from titan.plan.layout import Layout, make_layout
 from titan.plan.profile import Profile
 from titan.plan.search.joint import plan_jointly
 
@@ -31,6 +33,12 @@ class Planned:
     paced: frozenset[str] = frozenset()
     """Kinds of devices that CPU ranks stand in for."""
 
+    def predict(self, role: str, layout: Layout) -> Prediction | None:
+        """What another layout of a role takes; None where that is not known."""
+        with suppress(ConfigError):
+            return self.costs[role].predict(layout) if role in self.costs else None
+        return None
+
 
 def plan_run(config: RunConfig, vocab_size: int) -> Planned:
     """Choose planned layouts and predict all. Raises ConfigError for a wrong file, and a model that fits nowhere."""
@@ -45,7 +53,7 @@ def plan_run(config: RunConfig, vocab_size: int) -> Planned:
         on_free = {role: Costs(cost.task, free, cost.profile) for role, cost in wanted.items()}
         plans = plan_jointly(on_free, _search(config))
         schedules_s = {role: plan.schedules_s for role, plan in plans.items()}
-        config = _with_layouts(config, {role: plan.settings for role, plan in plans.items()})
+        config = with_layouts(config, {role: _keeping(config, role, plan.settings) for role, plan in plans.items()})
     predictions, unknown = {}, {}
     for role, settings in config.roles.items():
         try:
@@ -98,12 +106,11 @@ def _check_devices(config: RunConfig, fleet: Fleet) -> None:
     for role, settings in config.roles.items():
         for index, stage in enumerate(settings.layout.stages or ()):
             where = f"{role}.layout.stages.{index}.device"
-            if stage.device is None:
-                continue
-            if stage.device not in fleet.kinds:
-                mistakes.append(f"{where} is {stage.device!r}; the inventory has {', '.join(fleet.kinds)}")
-                continue
-            used[stage.device] += stage.tp * stage.dp
+            for kind, replicas in Counter(stage.kinds).items():
+                if kind is not None and kind not in fleet.kinds:
+                    mistakes.append(f"{where} is {kind!r}; the inventory has {', '.join(fleet.kinds)}")
+                elif kind is not None:
+                    used[kind] += stage.tp * replicas
     for kind, count in used.items():
         if count > fleet.kinds[kind].devices:
             have = fleet.kinds[kind].devices
@@ -126,23 +133,29 @@ def _left_over(fleet: Fleet, config: RunConfig, but: str | None = None) -> Fleet
     used = dict.fromkeys(fleet.kinds, 0)
     for role, settings in config.roles.items():
         for stage in (() if role == but else settings.layout.stages) or ():
-            if stage.device in used:
-                used[stage.device] += stage.tp * stage.dp
+            for kind in stage.kinds:
+                if kind in used:
+                    used[kind] += stage.tp
     return fleet.without(used)
 
 
-def _with_layouts(config: RunConfig, layouts: Mapping[str, LayoutSettings]) -> RunConfig:
-    """The config with other layouts, which keep what a plan does not choose."""
+def _keeping(config: RunConfig, role: str, planned: LayoutSettings) -> LayoutSettings:
+    """A planned layout with what a plan does not choose."""
+    own = config.roles[role].layout
+    return planned.model_copy(
+        update={key: getattr(own, key) for key in ("transport", "recompute", "sequence_parallel")}
+    )
 
-    def merged(role: str, settings: TeacherSettings | StudentSettings) -> dict[str, LayoutSettings]:
-        if role not in layouts:
-            return {"layout": settings.layout}
-        kept = {key: getattr(settings.layout, key) for key in ("transport", "recompute", "sequence_parallel")}
-        return {"layout": layouts[role].model_copy(update=kept)}
+
+def with_layouts(config: RunConfig, layouts: Mapping[str, LayoutSettings]) -> RunConfig:
+    """The config with other layouts for some roles."""
+
+    def changed(role: str, settings: TeacherSettings | StudentSettings) -> dict[str, LayoutSettings]:
+        return {"layout": layouts.get(role, settings.layout)}
 
     return config.model_copy(
         update={
-            "teacher": config.teacher.model_copy(update=merged(TEACHER, config.teacher)),
-            "students": tuple(s.model_copy(update=merged(s.name, s)) for s in config.students),
+            "teacher": config.teacher.model_copy(update=changed(TEACHER, config.teacher)),
+            "students": tuple(s.model_copy(update=changed(s.name, s)) for s in config.students),
         }
     )

@@ -55,9 +55,9 @@ class RankActor:
         return report
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
-    def request_stop(self) -> None:
-        """Stop after the step under way."""
-        self._built.request_stop()
+    def request_stop(self, for_good: bool = True) -> None:
+        """Stop after the step under way; not for good if the role goes on in another layout."""
+        self._built.request_stop(for_good)
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def take_news(self) -> list[Any]:

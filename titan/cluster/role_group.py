@@ -21,10 +21,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from titan.cluster.failure import Failure, HungError, error_of, find_cause
 from titan.cluster.placement import rank_groups, reserve, start_actor
 from titan.cluster.rank_actor import Whereabouts
-from titan.config.settings import RunConfig
+from titan.config.settings import LayoutSettings, RunConfig
 from titan.distill.rank import RankSpec, RoleReport
 from titan.errors import PlatformError
-from titan.plan.layout import Layout
+from titan.plan.layout import make_layout
 
 AWAY_S = 2.0
 """A driver that itself was away for so long does not count silence from before."""
@@ -63,14 +63,15 @@ class RoleGroup:
     def __init__(
         self,
         role: str,
-        layout: Layout,
         config: RunConfig,
         paced: frozenset[str],
-        spec_of: Callable[[str, int, Layout], RankSpec],
+        spec_of: Callable[[str, int, LayoutSettings], RankSpec],
         step: int,
     ):
         """step: of the checkpoint the role goes on from"""
-        self.role, self.layout, self.config, self.paced, self.spec_of = role, layout, config, paced, spec_of
+        self.role, self.config, self.paced, self.spec_of = role, config, paced, spec_of
+        self.wanted = config.roles[role]
+        self.use_layout(self.wanted.layout)
         self.last_step = step
         self.generation = 0
         self.phase = Phase.IDLE
@@ -84,6 +85,12 @@ class RoleGroup:
         self._asked: dict[int, tuple[Any, float]] = {}
         """What each rank was asked, and since when it owes an answer."""
         self._looked = 0.0
+        self._pausing = False
+
+    def use_layout(self, settings: LayoutSettings) -> None:
+        """The layout of the next start."""
+        self.settings = settings
+        self.layout = make_layout(self.wanted.model, settings)
 
     @property
     def num_ranks(self) -> int:
@@ -109,7 +116,10 @@ class RoleGroup:
     def start(self) -> None:
         """Ask for room; `advance` does the rest."""
         self.generation += 1
-        self.deadline = time.monotonic() + self.config.cluster.start_timeout_s
+        self._pausing, self.report = False, None
+        again = self.generation > 1
+        self._patience_s = self.config.recovery.wait_s if again else self.config.cluster.start_timeout_s
+        self.deadline = time.monotonic() + self._patience_s
         self._room = reserve(self.layout, self.config, self.paced)
         self._enter(Phase.ROOM, [group.ready() for group in self._room])
 
@@ -139,14 +149,16 @@ class RoleGroup:
     def _go_on(self, results: list[Any]) -> None:
         """To the phase after one whose calls have all returned."""
         if self.phase is Phase.ROOM:
-            name = f"{self.spec_of(self.role, 0, self.layout).run_folder.name}/{self.role}"
+            self._patience_s = self.config.cluster.start_timeout_s
+            self.deadline = time.monotonic() + self._patience_s
+            specs = [self.spec_of(self.role, rank, self.settings) for rank in range(self.num_ranks)]
+            name = f"{specs[0].run_folder.name}/{self.role}"
             groups = rank_groups(self.layout, self._room)
             tensors = [self.layout.place(rank).tensor for rank in range(self.num_ranks)]
             self.actors = [
                 start_actor(f"{name}/{rank}/{time.time_ns()}", group, tensor)
                 for rank, (group, tensor) in enumerate(zip(groups, tensors, strict=True))
             ]
-            specs = [self.spec_of(self.role, rank, self.layout) for rank in range(self.num_ranks)]
             calls = [actor.build.remote(spec) for actor, spec in zip(self.actors, specs, strict=True)]
             self._enter(Phase.BUILD, calls)
         elif self.phase is Phase.BUILD:
@@ -170,9 +182,10 @@ class RoleGroup:
             Phase.JOIN: f"{self.num_ranks} ranks to join their world",
         }[self.phase]
         hint = "is another job using it?" if self.phase is Phase.ROOM else LOGS
+        setting = "recovery.wait_s" if self.phase is Phase.ROOM and self.generation > 1 else "cluster.start_timeout_s"
         return PlatformError(
-            f"{self.role}: waited {self.config.cluster.start_timeout_s:.0f} s for {what}, {missing} of "
-            f"{len(self.pending)} are not there; {hint} (cluster.start_timeout_s sets the wait)"
+            f"{self.role}: waited {self._patience_s:.0f} s for {what}, {missing} of {len(self.pending)} are not there; "
+            f"{hint} ({setting} sets the wait)"
         )
 
     # --- training ---
@@ -216,6 +229,17 @@ class RoleGroup:
     def request_stop(self) -> None:
         """Ask the role to stop after the step under way."""
         self.actors[0].request_stop.remote()
+
+    def request_pause(self) -> None:
+        """Ask the role to make a checkpoint after the step under way and end, to be started in another layout."""
+        if not self._pausing:
+            self._pausing = True
+            self.actors[0].request_stop.remote(for_good=False)
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it ended only because it was asked to pause."""
+        return self.phase is Phase.DONE and self.report is not None and self.report.paused
 
     # --- the end ---
 

@@ -14,11 +14,12 @@ import ray
 
 from titan.cluster.failure import Failure
 from titan.cluster.label_service import ServiceKeeper
-from titan.cluster.planning import Planned, plan_picture
+from titan.cluster.planning import Planned, plan_picture, with_layouts
 from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError
+from titan.cluster.room import layout_for, who_must_give_way
 from titan.cluster.session import discover
-from titan.config.settings import TEACHER
+from titan.config.settings import TEACHER, LayoutSettings
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.service.server import LOCALHOST
 from titan.errors import PlatformError, WorkerError
@@ -28,7 +29,7 @@ from titan.observe.live import LiveDisplay
 from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric
 from titan.observe.planned import PICTURE_FILE, PLAN_FILE
 from titan.plan.inventory import check_fits, plan_json
-from titan.plan.layout import Layout, role_layouts
+from titan.plan.layout import make_layout, role_layouts
 
 POLL_S = 0.25
 LOOK_S = 0.05
@@ -36,6 +37,7 @@ LOOK_S = 0.05
 
 
 LEAST_S = 0.01
+RECONSIDER_S = 1.0
 
 
 class State(Enum):
@@ -87,6 +89,7 @@ class Supervisor:
             self.service = ServiceKeeper(run_folder, events, LOCALHOST if local else None)
         self.recovering: dict[str, float] = {}
         """Roles that failed and have made no step since, and when that was noticed."""
+        self._next_look: dict[str, float] = {}
         self.restarts: dict[str, tuple[int, int]] = {}
         """By role: restarts in a row, and the step of the checkpoint they went on from."""
 
@@ -94,8 +97,8 @@ class Supervisor:
         """The whole run. Raises WorkerError if a role failed for good; no actor is left in any case."""
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            layouts = self._plan()
-            self._spawn(layouts)
+            self._plan()
+            self._spawn()
             return self._watch()
         finally:
             for group in self.groups.values():
@@ -114,7 +117,7 @@ class Supervisor:
 
     # --- PLAN ---
 
-    def _plan(self) -> dict[str, Layout]:
+    def _plan(self) -> None:
         config = self.config
         layouts = role_layouts(config)
         inventory = discover(config.cluster)
@@ -129,18 +132,16 @@ class Supervisor:
             self.events.emit("predicted", role=role, step_s=round(found.step_s, 4), devices=list(found.kinds))
         for role, why in self.planned.unknown.items():
             self.events.emit("not_predicted", role=role, why=why)
-        return layouts
 
     # --- SPAWN ---
 
-    def _spawn(self, layouts: dict[str, Layout]) -> None:
+    def _spawn(self) -> None:
         """Start all ranks; training begins when all of them are up. Raises WorkerError if one fails."""
         self.state = State.SPAWN
         begin = time.monotonic()
-        for role, layout in layouts.items():
-            self.groups[role] = RoleGroup(
-                role, layout, self.config, self.planned.paced, self._spec, self.resumed.get(role, 0)
-            )
+        for role in self.config.roles:
+            step = self.resumed.get(role, 0)
+            self.groups[role] = RoleGroup(role, self.config, self.planned.paced, self._spec, step)
         groups = list(self.groups.values())
         for group in groups:
             group.start()
@@ -158,11 +159,15 @@ class Supervisor:
             _rest(groups, LOOK_S)
         self.events.emit("ranks_up", seconds=round(time.monotonic() - begin, 2), ranks=total)
 
-    def _spec(self, role: str, rank: int, layout: Layout) -> RankSpec:
+    def _spec(self, role: str, rank: int, settings: LayoutSettings) -> RankSpec:
+        config = with_layouts(self.config, {role: settings})
+        layout = make_layout(config.roles[role].model, settings)
         found = self.planned.predictions.get(role)
+        if found is not None and found.layout != layout:
+            found = self.planned.predict(role, layout)
         paced = layout.place(rank).stage.device in self.planned.paced
         return RankSpec(
-            self.config,
+            config,
             role,
             rank,
             self.run_folder.absolute(),  # the nodes of a Ray that was joined were not started here
@@ -222,6 +227,7 @@ class Supervisor:
             return
         if group.phase not in (Phase.IDLE, Phase.ROOM):
             self._pass_on(group, group.take_news())
+        self._reconsider(group)
         phase = group.advance()
         if phase is Phase.READY:
             self._train(group)
@@ -230,6 +236,10 @@ class Supervisor:
             self._show_starting()
             if self.state is State.DRAIN:
                 group.request_stop()
+        elif group.is_paused and self.state is State.RUN:
+            self._pass_on(group, group.last_news())
+            group.kill()
+            self._start_again(group, self.tidy(group.role), time.monotonic())
         elif phase is Phase.DONE:
             assert group.report is not None
             self._pass_on(group, group.last_news())
@@ -244,7 +254,10 @@ class Supervisor:
                 group.last_step = item.step
                 self._note_recovered(group)
             else:
-                self.events.emit(item.pop("event"), **item, **self._offer(item))
+                event = item.pop("event")
+                self.events.emit(event, **item, **self._offer(item))
+                if event == "checkpoint":
+                    self._grow(group)
 
     def _offer(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What a new plan would gain, for a straggler that was named; nothing for any other event."""
@@ -274,10 +287,47 @@ class Supervisor:
         self.events.emit("rank_lost", **failure.fields, error=failure.message)
         self.events.emit("restarting", role=group.role, from_step=step, lost_steps=max(0, group.last_step - step))
         self.display.log(f"{time.strftime('%H:%M:%S')}  {failure.message}; {group.role} goes on from step {step}")
-        self.recovering[group.role] = since
+        self._start_again(group, step, since)
+
+    def _start_again(self, group: RoleGroup, step: int, since: float) -> None:
+        """From its newest checkpoint, that of `step`, in the layout there is room for."""
         group.last_step = step
+        self.recovering[group.role] = since
+        self._use(group, layout_for(group, self.groups.values(), self.config))
         group.start()
         self._show_starting()
+
+    def _use(self, group: RoleGroup, settings: LayoutSettings) -> None:
+        before = group.num_ranks
+        group.use_layout(settings)
+        if group.num_ranks != before:
+            wanted = group.wanted.layout.ranks
+            self.events.emit("layout", role=group.role, ranks=group.num_ranks, before=before, wanted=wanted)
+            said = f"{group.role} goes on with {group.num_ranks} of {wanted} ranks"
+            self.display.log(f"{time.strftime('%H:%M:%S')}  {said}")
+
+    def _reconsider(self, group: RoleGroup) -> None:
+        """While a role waits for room: a host may have been found dead, or have come, in the meantime."""
+        if group.generation == 1 or group.phase is not Phase.ROOM:
+            return
+        if time.monotonic() < self._next_look.get(group.role, 0.0):
+            return
+        self._next_look[group.role] = time.monotonic() + RECONSIDER_S
+        settings = layout_for(group, self.groups.values(), self.config)
+        if settings != group.settings:
+            group.kill()
+            self._use(group, settings)
+            group.start()
+        elif (other := who_must_give_way(group, self.groups.values(), self.config)) is not None:
+            other.request_pause()
+
+    def _grow(self, group: RoleGroup) -> None:
+        """At a checkpoint of a role with fewer ranks than it should have: give it more if there is room now."""
+        if group.phase is not Phase.TRAIN or group.settings == group.wanted.layout:
+            return
+        settings = layout_for(group, self.groups.values(), self.config)
+        if settings.ranks > group.num_ranks:
+            group.request_pause()
 
     def _note_recovered(self, group: RoleGroup) -> None:
         """The first step or evaluation after a restart ends the recovery."""

@@ -343,9 +343,12 @@ class ClusterSettings(Section):
 class RecoverySettings(Section):
     """What happens when a rank, its process or its host fails."""
 
-    policy: Literal["restart", "stop"] = "restart"
-    """`restart`: only the role concerned starts again, from its newest checkpoint; the others go on. `stop`: the run
-    ends, to be resumed by hand."""
+    policy: Literal["shrink", "wait", "stop"] = "shrink"
+    """Only the role concerned starts again, from its newest checkpoint; the others go on. Where a lost host leaves too
+    little room, `shrink` goes on with fewer ranks, and grows again at a checkpoint once there is room; `wait` waits for
+    room. `stop` ends the run, to be resumed by hand."""
+    wait_s: PositiveFloat = 600.0
+    """Longest wait for room; then the run ends."""
     max_restarts: NonNegativeInt = 5
     """Restarts of a role in a row without a new checkpoint; the next failure ends the run."""
     hang_timeout_s: PositiveFloat = 8.0

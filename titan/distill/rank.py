@@ -57,5 +57,7 @@ class RoleReport:
     train_seconds: float
     heldout_bits_per_byte: float | None
     stopped: bool
+    paused: bool
+    """Stopped, but not for good: the role goes on in another layout."""
     extra: dict[str, float]
     """Label accounting of a student."""

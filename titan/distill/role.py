@@ -29,6 +29,8 @@ from titan.platform.device import Platform
 from titan.train.restore import restore_trainer, trainer_pieces, trainer_state
 from titan.train.trainer import StepResult, Trainer, TrainerSettings
 
+STOP, PAUSE = 1.0, 0.5
+"""Votes."""
 NATS_PER_BIT = 0.6931471805599453
 
 
@@ -39,7 +41,8 @@ class RoleRank(ABC):
         self.spec, self.config, self.platform = spec, spec.config, platform
         self.layout = make_layout(spec.settings.model, spec.settings.layout)
         self.step = 0
-        self.stopping = threading.Event()
+        self.stopping, self.pausing = threading.Event(), threading.Event()
+        self.paused = False
         self.news: queue.SimpleQueue[StepMetric | EvalMetric | dict[str, Any]] = queue.SimpleQueue()
         self.store: TCPStore | None = None
         self.train_seconds, self.tokens_here = 0.0, 0
@@ -155,6 +158,7 @@ class RoleRank(ABC):
             train_seconds=self.train_seconds,
             heldout_bits_per_byte=bits_per_byte,
             stopped=stopped,
+            paused=stopped and self.paused,
             extra=extra,
         )
 
@@ -168,12 +172,19 @@ class RoleRank(ABC):
         if not self.spec.expected_busy_s:
             return
         for slow in self.stragglers.look(result.busy_s):
-            device, factor = self.layout.place(slow.rank).stage.device, round(slow.factor, 3)
+            device, factor = self.layout.place(slow.rank).device, round(slow.factor, 3)
             self.tell_event("straggler", rank=slow.rank, device=device, factor=factor, step=self.step)
 
     def stop_vote(self) -> list[float]:
         """The lead's wish to stop, passed along with every step's sums so that all ranks stop after the same one."""
-        return [1.0 if self.world.is_lead and self.stopping.is_set() else 0.0]
+        if not self.world.is_lead:
+            return [0.0]
+        return [STOP if self.stopping.is_set() else PAUSE if self.pausing.is_set() else 0.0]
+
+    def heed(self, result: StepResult) -> bool:
+        """Whether the vote of a step was to stop, for good or not."""
+        self.paused = result.votes[0] == PAUSE
+        return result.votes[0] > 0
 
     def tell(self, news: StepMetric | EvalMetric) -> None:
         """Queue a metric for the driver; only the lead speaks."""
@@ -205,9 +216,9 @@ class RoleRank(ABC):
 
     # --- questions from other threads ---
 
-    def request_stop(self) -> None:
-        """Ask the role to stop after the step it is in."""
-        self.stopping.set()
+    def request_stop(self, for_good: bool = True) -> None:
+        """Ask the role to stop after the step it is in; not for good if it goes on in another layout."""
+        (self.stopping if for_good else self.pausing).set()
 
     def take_news(self) -> list[StepMetric | EvalMetric | dict[str, Any]]:
         """Everything queued since the last call."""

@@ -188,7 +188,7 @@ class StudentRank(RoleRank):
                 label_wait_s=waited,
             )
         )
-        return result.votes[0] > 0
+        return self.heed(result)
 
     def _count(self, commit: Commit, blocks: list[LabelBlock], size: int, lag: int) -> None:
         """Count what is learned, and what the order of steps shows to be missing or repeated."""

@@ -44,7 +44,7 @@ class TeacherRank(RoleRank):
             self.train_seconds += time.perf_counter() - begin
             self.watch_pace(result)
             self.tell(self.step_metric(result, result.cross_entropy))
-            stopped = result.votes[0] > 0
+            stopped = self.heed(result)
             every = config.eval.every_steps
             if self.step % config.checkpoint.every_steps == 0:
                 self._make_labels_durable()
@@ -52,7 +52,7 @@ class TeacherRank(RoleRank):
             if every and self.step % every == 0 and self.step < total:
                 self.evaluate()
         self._make_labels_durable()
-        if self.commits is not None:
+        if self.commits is not None and not (self.paused and self.step < total):
             self.commits.end(STOPPED if self.step < total else FINISHED)
         return self.finish(self.step < total, {})
 

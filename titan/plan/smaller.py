@@ -1,0 +1,67 @@
+"""Layouts to fall back on when there is not room for the wanted one: the same model on fewer ranks."""
+
+from collections.abc import Iterator, Mapping
+
+from titan.config.check_layout import layout_mistakes
+from titan.config.settings import DataSettings, LayoutSettings, Role
+from titan.plan.layout import Layout, make_layout
+
+
+def smaller_layouts(role: Role, data: DataSettings) -> list[LayoutSettings]:
+    """Valid layouts of a role that need fewer ranks than its own, those with the most ranks first.
+
+    Of two with as many, the one that keeps the tensor degree, and then the stages: replicas are the first to go, as
+    a rank then holds what it held before. Stages that were described one by one become alike.
+    """
+    found = []
+    for candidate in _candidates(role.layout):
+        changed = Role(role.name, role.place, role.model, candidate, role.optimizer, role.precision)
+        if candidate.ranks < role.layout.ranks and not any(layout_mistakes("", changed, data)):
+            found.append(candidate)
+    own = role.layout
+    return sorted(found, key=lambda layout: (-layout.ranks, layout.tp != own.tp, layout.num_stages != own.num_stages))
+
+
+def _candidates(layout: LayoutSettings) -> Iterator[LayoutSettings]:
+    kept = {"transport": layout.transport, "recompute": layout.recompute}
+    if layout.stages is not None:
+        most_tp = max(stage.tp for stage in layout.stages)
+        most_dp = max(stage.dp for stage in layout.stages)
+        own: dict[str, object] = {"micro_batches": layout.num_micro_batches}
+        sharded = any(stage.shard > 1 for stage in layout.stages)
+    else:
+        most_tp, most_dp = layout.tp, layout.dp
+        own = {"micro_batches": layout.num_micro_batches, "sequence_parallel": layout.sequence_parallel}
+        sharded = layout.shard > 1
+    for pp in range(layout.num_stages, 0, -1):
+        for tp in _divisors(most_tp):
+            for dp in _divisors(most_dp):
+                values = {**kept, **own, "tp": tp, "pp": pp, "dp": dp, "shard": dp if sharded else 1}
+                values["sequence_parallel"] = bool(own.get("sequence_parallel")) and tp > 1
+                if layout.stages is None and pp == layout.pp:
+                    values |= {name: getattr(layout, name) for name in ("layers", "schedule", "chunks")}
+                yield LayoutSettings.model_validate(values)
+
+
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(number, 0, -1) if number % each == 0]
+
+
+def fits(layout: Layout, slots: Mapping[str, int]) -> bool:
+    """Whether every tensor-parallel group finds room on one node, the largest first; slots: free ranks by node."""
+    left = dict(slots)
+    groups = sorted((stage.tp for stage in layout.positions for _ in range(stage.dp)), reverse=True)
+    for size in groups:
+        node = next((name for name, free in left.items() if free >= size), None)
+        if node is None:
+            return False
+        left[node] -= size
+    return True
+
+
+def largest_that_fits(role: Role, data: DataSettings, slots: Mapping[str, int]) -> LayoutSettings | None:
+    """The role's own layout if there is room for it, else the first smaller one that has; None if none has."""
+    for layout in (role.layout, *smaller_layouts(role, data)):
+        if fits(make_layout(role.model, layout), slots):
+            return layout
+    return None
