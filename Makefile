@@ -6,7 +6,7 @@ PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 KERNELS := setup.py $(shell find kernels/csrc -type f)
 
-.PHONY: install quickstart test test-fast lint gpu-smoke prove docs bench bench-kernels bench-plan clean
+.PHONY: install quickstart test test-fast lint gpu-smoke prove prove-quality docs bench bench-kernels bench-plan clean
 
 install: $(READY)
 
@@ -63,6 +63,10 @@ bench: bench-kernels bench-plan
 # What takes longer than `make test`: every test, every benchmark, and what distillation gives over three seeds.
 prove: test bench
 	$(BIN)/python -W ignore -m benchmarks.distillation_gain
+
+# One teacher, its labels in every codec, 18 students: hours. Killed, it goes on when started again.
+prove-quality: $(READY)
+	$(BIN)/python -W ignore -m benchmarks.quality
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

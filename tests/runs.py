@@ -118,6 +118,12 @@ def rank_processes(pid: int) -> list[psutil.Process]:
     return [child for child in children if "RankActor" in " ".join(child.cmdline())]
 
 
+def placed(run: Path, role: str) -> list[int]:
+    """Processes of the ranks of a role, those that were started last."""
+    events = [event for event in read_events(run) if event["event"] == "placed" and event["role"] == role]
+    return [int(process.rpartition(":")[2]) for process in events[-1]["processes"]]
+
+
 def kill_tree(pid: int) -> list[int]:
     """SIGKILL a process and all its descendants at once; returns who they were."""
     parent = psutil.Process(pid)

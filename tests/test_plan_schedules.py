@@ -23,7 +23,7 @@ from titan.plan.search.schedules import CHUNKS, fits, interleaved_least_s
 from titan.plan.search.settle import predict
 from titan.plan.search.work import work_bound_s
 
-SEARCH = SearchSettings(tensor=(1, 2))
+SEARCH = SearchSettings(tensor=(1, 2), mixed=False)
 
 
 def every_interleaved(costs: Costs) -> Iterator[Prediction]:
@@ -100,7 +100,7 @@ def few_micro_batches(gb_per_s: float = 100.0, layers: int = 8, memory_gb: float
     return costs_of({"fast": 1, "slow": 1}, speeds, layers, 4, memory_gb, gb_per_s=gb_per_s)
 
 
-PIPELINES = SearchSettings(tensor=(1,), replicas=(1,), micro_batches=(4,))
+PIPELINES = SearchSettings(tensor=(1,), replicas=(1,), micro_batches=(4,), mixed=False)
 
 
 def check(plan: RolePlan, costs: Costs) -> None:

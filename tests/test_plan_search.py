@@ -1,4 +1,7 @@
-"""The planner against trying everything: layouts of one role, ways to share devices, lost nodes."""
+"""The planner against trying everything: layouts of one role, ways to share devices, lost nodes.
+
+All with one kind of device a stage; others: tests/test_plan_mixed.py.
+"""
 
 import itertools
 import json
@@ -119,7 +122,7 @@ def test_a_plan_is_within_its_gap_of_the_best_of_all_layouts(
     share_best: of plans, those that are the best to the last digit; the others are a few millionths above it
     """
     monkeypatch.setattr(exact, "MOST_WORK", most_work)
-    search = SearchSettings(tensor=(1, 2), schedule="1f1b", recompute=recompute)
+    search = SearchSettings(tensor=(1, 2), mixed=False, schedule="1f1b", recompute=recompute)
     best_found = fitting = limited = 0
     for seed in seeds:
         costs = random_costs(random.Random(seed))
@@ -145,7 +148,7 @@ def test_a_plan_is_within_its_gap_of_the_best_of_all_layouts(
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_search_counts_seconds_and_bytes_as_the_prediction_does(sharded: bool, recompute: bool) -> None:
-    search = SearchSettings(tensor=(1, 2), shard_optimizer=sharded, recompute=recompute)
+    search = SearchSettings(tensor=(1, 2), mixed=False, shard_optimizer=sharded, recompute=recompute)
     costs = costs_of({"fast": 4, "slow": 4}, {"fast": 40.0, "slow": 10.0}, layers=6)
     rng = random.Random(1)
     for problem in problems(costs, search):
@@ -171,7 +174,7 @@ def test_the_search_counts_seconds_and_bytes_as_the_prediction_does(sharded: boo
 
 
 def test_uniform_and_single_kind_steps_are_the_best_of_their_sort() -> None:
-    search = SearchSettings(tensor=(1, 2))
+    search = SearchSettings(tensor=(1, 2), mixed=False)
     for seed in range(8):
         rng = random.Random(seed)
         costs = costs_of({"fast": 2, "slow": 2}, {"fast": 30.0, "slow": rng.uniform(2.0, 20.0)}, layers=4, batch=4)
@@ -193,7 +196,7 @@ def test_uniform_and_single_kind_steps_are_the_best_of_their_sort() -> None:
 
 def test_devices_that_slow_the_whole_are_left_out() -> None:
     speeds = {"fast": 50.0, "slow": 0.2}
-    plan = plan_role(costs_of({"fast": 2, "slow": 2}, speeds), SearchSettings(tensor=(1, 2)))
+    plan = plan_role(costs_of({"fast": 2, "slow": 2}, speeds), SearchSettings(tensor=(1, 2), mixed=False))
     assert plan.devices == {"fast": 2, "slow": 0}
     assert plan.step_s == pytest.approx(plan.best_single_kind_step_s or 0.0)
 
@@ -210,7 +213,7 @@ def test_a_plan_says_what_it_is_made_of() -> None:
 
 
 def test_a_lost_node_of_any_kind_has_a_plan_that_is_looked_up() -> None:
-    search = SearchSettings(tensor=(1, 2))
+    search = SearchSettings(tensor=(1, 2), mixed=False)
     costs = costs_of({"fast": 6, "slow": 4}, {"fast": 40.0, "slow": 15.0}, layers=8, batch=8, per_node=2)
     plan = plan_role(costs, search)
     after = plans_after_node_loss(plan)
@@ -219,7 +222,7 @@ def test_a_lost_node_of_any_kind_has_a_plan_that_is_looked_up() -> None:
         assert then is not None and not then.prediction.too_large
         used = dict.fromkeys(costs.fleet.kinds, 0)
         for stage in then.prediction.layout.positions:
-            used[costs.kind_of(stage)] += len(stage.ranks)
+            used[costs.kinds_of(stage)[0]] += len(stage.ranks)
         left = {name: of.devices - 2 * (name == kind) for name, of in costs.fleet.kinds.items()}
         assert all(used[name] <= left[name] for name in left)
         anew = plan_role(replace(costs, fleet=costs.fleet.without({kind: 2})), search)
@@ -232,7 +235,7 @@ def test_the_plan_without_a_node_is_found_by_its_name() -> None:
         NodeSettings(name=name, kind=kind, devices=2, count=2, memory_gb=1.0)
         for name, kind in (("rack-a", "fast"), ("rack-1", "slow"))
     ]
-    plan = plan_role(costs, SearchSettings(tensor=(1, 2)))
+    plan = plan_role(costs, SearchSettings(tensor=(1, 2), mixed=False))
     plans = loss_plans(plan, InventorySettings(nodes=tuple(nodes)))
     begin = time.perf_counter()
     found = {
@@ -252,19 +255,19 @@ def test_where_nodes_of_a_kind_are_unlike_the_largest_is_taken_to_be_lost() -> N
     costs = costs_of({"fast": 6}, {"fast": 40.0}, layers=8, batch=8)
     nodes = tuple(NodeSettings(name=f"of-{number}", kind="fast", devices=number, memory_gb=1.0) for number in (2, 4))
     uneven = replace(costs, fleet=replace(make_fleet(InventorySettings(nodes=nodes)), networks=costs.fleet.networks))
-    after = plans_after_node_loss(plan_role(uneven, SearchSettings(tensor=(1, 2))))["fast"]
+    after = plans_after_node_loss(plan_role(uneven, SearchSettings(tensor=(1, 2), mixed=False)))["fast"]
     assert after is not None and after.prediction.layout.num_ranks <= 2
 
 
 def test_a_node_whose_devices_stand_idle_may_go() -> None:
     costs = costs_of({"fast": 2, "slow": 2}, {"fast": 50.0, "slow": 0.2})
-    plan = plan_role(costs, SearchSettings(tensor=(1, 2)))
+    plan = plan_role(costs, SearchSettings(tensor=(1, 2), mixed=False))
     lost = plans_after_node_loss(plan)["slow"]
     assert lost is not None and lost.settings == plan.settings
 
 
 def test_roles_share_few_devices_in_the_best_of_all_ways() -> None:
-    search = SearchSettings(tensor=(1, 2), micro_batches=(2, 4))
+    search = SearchSettings(tensor=(1, 2), mixed=False, micro_batches=(2, 4))
     for seed in range(2):
         rng = random.Random(seed)
         counts, speeds = {"fast": 2, "slow": 2}, {"fast": 40.0, "slow": rng.uniform(5.0, 30.0)}
@@ -296,7 +299,7 @@ def _best_sharing(roles: dict[str, Costs], counts: dict[str, int], search: Searc
 
 @pytest.mark.slow
 def test_roles_of_a_large_fleet_are_shared_nearly_as_well_as_by_trying_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    search = SearchSettings(tensor=(1, 2), micro_batches=(8, 16))
+    search = SearchSettings(tensor=(1, 2), mixed=False, micro_batches=(8, 16))
     counts = {"fast": 5, "slow": 4}
     for slow in (8.0, 30.0):
         sizes = {"teacher": (12, 128), "large": (6, 64), "small": (3, 64)}

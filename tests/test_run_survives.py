@@ -14,6 +14,7 @@ import torch
 
 from tests.runs import (
     kill_tree,
+    placed,
     processes_under,
     rank_processes,
     start_titan,
@@ -123,12 +124,6 @@ def test_the_teacher_is_the_same_bit_for_bit_without_students(workplace: Path) -
     assert result.returncode == 0, result.stderr
     expected, found = (weights(workplace / "runs" / name, "teacher", 40) for name in ("tiny", "alone"))
     assert all(torch.equal(expected[key], found[key]) for key in expected)
-
-
-def placed(run: Path, role: str) -> list[int]:
-    """Processes of the ranks of a role, those that were started last."""
-    events = [event for event in read_events(run) if event["event"] == "placed" and event["role"] == role]
-    return [int(process.rpartition(":")[2]) for process in events[-1]["processes"]]
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "hangs"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.worlds import BATCH, GQA, LENGTH, VOCAB, make_trainer, run_world, tokens_of
-from titan.config.settings import LabelSettings, LayoutSettings
+from titan.config.settings import LabelSettings, LayoutSettings, ModelSettings, Precision
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader, LabelBlock, decode_block, encode_block
 from titan.distill.tap import label_wish, raw_labels
 from titan.ops.head import Objective, run_head
@@ -23,17 +23,23 @@ SHARPER = 12.0
 """Fresh weights say next to nothing: the output weight is made so many times as large."""
 
 
-def make_teacher(world: World, layout: LayoutSettings) -> Trainer:
+def make_teacher(
+    world: World, layout: LayoutSettings, model: ModelSettings = GQA, precision: Precision = "fp32"
+) -> Trainer:
     """A teacher that is sure of something."""
-    trainer = make_trainer(world, layout, GQA)
+    trainer = make_trainer(world, layout, model, precision)
+    module = trainer.stage.module
     with torch.no_grad():
-        trainer.stage.module.output_weight.mul_(SHARPER)
+        if world.place.head_stage is not None:
+            module.output_weight.mul_(SHARPER)
+        elif model.tied and "embedding.weight" in dict(module.named_parameters()):
+            module.embedding.weight.mul_(SHARPER)
     return trainer
 
 
-def true_log_probs(world: World, layout: LayoutSettings) -> torch.Tensor:
+def true_log_probs(world: World, layout: LayoutSettings, model: ModelSettings = GQA) -> torch.Tensor:
     """float64 [B, S, V] of that teacher on the first batch, without head, labels or codec."""
-    trainer = make_teacher(world, layout)
+    trainer = make_teacher(world, layout, model)
     tokens = torch.from_numpy(tokens_of(1)[:, :-1].astype(np.int64))
     with torch.no_grad():
         hidden = trainer.stage.module({"tokens": tokens, "rope": trainer.rope})["hidden"]

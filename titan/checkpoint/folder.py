@@ -36,6 +36,16 @@ def newest_step(role_folder: Path) -> int | None:
     return max(complete_steps(role_folder), default=None)
 
 
+def find_checkpoint(place: Path) -> Path:
+    """A complete checkpoint: `place` itself, or the newest in it. Raises CheckpointError if there is none."""
+    if (place / MANIFEST).is_file():
+        return place
+    step = newest_step(place)
+    if step is None:
+        raise CheckpointError(f"{place} is no checkpoint and holds none; give RUN/checkpoints/ROLE, or a step in it")
+    return step_folder(place, step)
+
+
 def encode_manifest(manifest: dict[str, Any]) -> bytes:
     """Manifest as JSON with a checksum of itself."""
     return json.dumps(manifest | {"crc32": _checksum(manifest)}, indent=1).encode()

@@ -10,12 +10,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from titan.cli.label_logs import label_folders, only_log
+from titan.cli.labels_recode import recode_labels
 from titan.distill.log.audit import Audit, audit
 from titan.distill.log.contents import LogContents, read_contents
 from titan.distill.log.export import export_labels
 from titan.distill.log.ledger import Place
 from titan.distill.log.verify import Finding, Verified, verify_ledgers, verify_log
-from titan.errors import LabelError
 from titan.observe.files import require_run_folder
 from titan.observe.metrics import StepMetric, read_metrics
 from titan.observe.words import plural
@@ -105,29 +106,16 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the labels of a range of steps to a Parquet file, a row a token."""
-    folders = label_folders(run, producer)
-    if len(folders) > 1:
-        names = ", ".join(folder.name for folder in folders)
-        raise LabelError(f"{run} has logs of {names}; choose one with --producer")
-    log = read_contents(folders[0])
-    rows = export_labels(folders[0], first or log.first_step, last or log.last_step, out)
+    folder = only_log(run, producer)
+    log = read_contents(folder)
+    rows = export_labels(folder, first or log.first_step, last or log.last_step, out)
     if as_json:
         _print_json({"path": str(out), "rows": rows})
     else:
         print(f"{out}: {plural(rows, 'token')} of steps {first or log.first_step} to {last or log.last_step}")
 
 
-def label_folders(run: Path, producer: str | None = None) -> list[Path]:
-    """Logs of a run. Raises LabelError if it has none, or none of that role."""
-    require_run_folder(run)
-    folders = sorted(path for path in (run / "labels").glob("*") if path.is_dir())
-    if not folders:
-        raise LabelError(f"{run} has no labels: none of its students learn from a teacher, or it has not started")
-    chosen = [folder for folder in folders if producer in (None, folder.name)]
-    if not chosen:
-        names = ", ".join(folder.name for folder in folders)
-        raise LabelError(f"--producer {producer}: {run} has logs of {names}")
-    return chosen
+labels_app.command("recode")(recode_labels)
 
 
 def _stats(run: Path, log: LogContents) -> dict[str, Any]:

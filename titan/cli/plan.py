@@ -18,6 +18,7 @@ from titan.cluster.session import discover, local_inventory, ray_session
 from titan.config.settings import TEACHER, ModelSettings, RunConfig
 from titan.data.tokenizer import Tokenizer
 from titan.errors import ConfigError
+from titan.plan.cost import Prediction
 from titan.plan.inventory import Inventory, check_fits, likely_nodes, plan_json
 from titan.plan.layout import Layout, Stage, role_layouts
 
@@ -55,7 +56,7 @@ def show_plan(config: RunConfig, console: Console, as_json: bool, picture: Path 
         return
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
-    console.print(_table(config, layouts, inventory))
+    console.print(_table(config, layouts, inventory, planned.predictions))
     for role, found in planned.predictions.items():
         told = f"{role}: {found.step_s:.3g} s a step, as predicted"
         if role in planned.schedules_s:
@@ -81,18 +82,25 @@ def _vocab_size(config: RunConfig) -> int:
     return config.data.vocab_size
 
 
-def _table(config: RunConfig, layouts: Mapping[str, Layout], inventory: Inventory) -> Table:
+def _table(
+    config: RunConfig, layouts: Mapping[str, Layout], inventory: Inventory, predictions: Mapping[str, Prediction]
+) -> Table:
     nodes = likely_nodes(layouts, inventory)
     models = {name: role.model for name, role in config.roles.items()}
     vocab_size = _vocab_size(config)
     table = Table(title=f"plan of {config.run.name}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("role", "stage", "layers", "tp", "dp", "ranks", "params/rank", "node"):
-        table.add_column(column, justify="left" if column in ("role", "layers", "node") else "right")
+    known = ("device", "samples") if predictions else ()
+    for column in ("role", "stage", *known, "layers", "tp", "dp", "ranks", "params/rank", "node"):
+        left = column in ("role", "device", "samples", "layers", "node")
+        table.add_column(column, justify="left" if left else "right")
     for role, layout in layouts.items():
         for stage in layout.stages:
+            found = predictions.get(role)
+            shared = found.shared(stage.index % len(layout.positions)) if found is not None else ("", "")
             table.add_row(
                 role if stage.index == 0 else "",
                 str(stage.index),
+                *(shared if known else ()),
                 _holds(stage),
                 str(stage.tp),
                 str(stage.dp),

@@ -61,7 +61,7 @@ def show_plan_file(
     costs = Costs(task, make_fleet(check_inventory(nodes), costs_of.links), Profile(task, costs_of))
     if layout is not None:
         prediction = evaluate_layout(costs, make_layout(task.model, _given_layout(layout, task)))
-        devices, fits = devices_json(prediction), not prediction.too_large
+        devices, fits = devices_json(costs, prediction), not prediction.too_large
         result: dict[str, Any] = {"name": plan.name, **prediction.to_json(), "devices": devices, "fits": fits}
         said = [f"step {_seconds(prediction.step_s)}, as given by {layout}: nothing was searched for"]
     else:
@@ -109,14 +109,15 @@ def _print(console: Console, plan: PlanSettings, prediction: Prediction, said: l
     if not console.is_terminal:
         console.width = 160
     table = Table(title=f"plan of {plan.name}", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("stage", "device", "tp", "dp", "layers", "busy", "idle", "memory", "of"):
-        table.add_column(column, justify="left" if column in ("device", "layers") else "right")
+    for column in ("stage", "device", "tp", "dp", "samples", "layers", "busy", "idle", "memory", "of"):
+        table.add_column(column, justify="left" if column in ("device", "samples", "layers") else "right")
     layout, line = prediction.layout, prediction.timeline
     number = len(layout.positions)
-    for index, (stage, kind) in enumerate(zip(layout.positions, prediction.kinds, strict=True)):
+    for index, stage in enumerate(layout.positions):
         parts = layout.stages[index::number]
+        device, samples = prediction.shared(index)
         table.add_row(
-            str(index), kind, str(stage.tp), str(stage.dp),
+            str(index), device, str(stage.tp), str(stage.dp), samples,
             ", ".join(f"{part.first_layer}-{part.end_layer - 1}" for part in parts),
             _seconds(line.busy_s[index]), f"{line.idle_shares[index]:.0%}",
             f"{prediction.memory[index].total / 1e9:.2f} GB", f"{prediction.limit_bytes[index] / 1e9:.2f} GB",
@@ -131,8 +132,8 @@ def _print(console: Console, plan: PlanSettings, prediction: Prediction, said: l
 
 def _devices(prediction: Prediction) -> dict[str, int]:
     used: dict[str, int] = {}
-    for stage, kind in zip(prediction.layout.positions, prediction.kinds, strict=True):
-        used[kind] = used.get(kind, 0) + len(stage.ranks)
+    for kind in prediction.rank_kinds:
+        used[kind] = used.get(kind, 0) + 1
     return used
 
 
@@ -160,9 +161,16 @@ def _timeline(prediction: Prediction) -> str:
 
 
 def _bounded(plan: RolePlan) -> str:
-    """The step, and how much less it could be at most under the plan's own schedule."""
+    """The step, and how much less it could be at most: among layouts of the plan's own sort, and among all."""
+    step, least = _seconds(plan.step_s), _seconds(plan.bound_step_s)
+    if plan.mixed:
+        return f"step {step}; no layout at all takes less than {least}: gap {plan.gap:.1%}"
     which = "1F1B layout" if plan.layout.schedule == "1f1b" else "layout under any schedule"
-    return f"step {_seconds(plan.step_s)}; no {which} takes less than {_seconds(plan.bound_step_s)}: gap {plan.gap:.1%}"
+    every_s = min(plan.step_s, plan.every_bound_s)
+    return (
+        f"step {step}; no {which} with one kind of device a stage takes less than {least}: gap {plan.gap:.1%} "
+        f"(no layout at all less than {_seconds(every_s)})"
+    )
 
 
 def schedules_text(layout: Layout, schedules_s: Mapping[str, float | None]) -> str:

@@ -1,11 +1,10 @@
 """Which label log the students of a run learn from: that of its own teacher, or one that another run made or makes."""
 
-import hashlib
 from pathlib import Path
 
 from titan.config.settings import TEACHER, RunConfig
 from titan.data.corpus import Corpus
-from titan.distill.log.manifest import MANIFEST, LogManifest, check_manifest, write_manifest
+from titan.distill.log.manifest import MANIFEST, LogManifest, check_manifest, log_manifest, write_manifest
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.records import FINISHED
 from titan.errors import ConfigError, LabelError
@@ -18,7 +17,7 @@ def provide_labels(config: RunConfig, corpus: Corpus, folder: Path) -> None:
     """
     here = folder / "labels" / TEACHER
     if config.teacher.log is None:
-        _sign(here, _wanted(config, corpus, folder))
+        _sign(here, log_manifest(config, corpus, folder, TEACHER))
         return
     source = find_log(config, corpus)
     here.parent.mkdir(exist_ok=True)
@@ -40,11 +39,11 @@ def find_log(config: RunConfig, corpus: Corpus) -> Path:
             f"teacher.source is {config.teacher.source!r}, but there is no label log; give log: and the folder of a "
             "run with students, or labels/NAME in it"
         )
-    found = check_manifest(folder, _wanted(config, corpus, folder), "offline")
+    found = check_manifest(folder, log_manifest(config, corpus, folder, TEACHER), "offline")
     mistakes = []
     if found.batch_size != config.data.batch_size:
         mistakes.append(f"data.batch_size is {config.data.batch_size}, the log has {found.batch_size} samples a step")
-    if found.temperature != config.labels.temperature and found.codec != "full":
+    if found.temperature != config.labels.temperature and found.codec not in ("full", "hidden"):
         mistakes.append(f"labels.temperature is {config.labels.temperature:g}, the log's is {found.temperature:g}")
     for student in config.students:
         loss = student.distill.loss
@@ -70,18 +69,3 @@ def _sign(folder: Path, wanted: LogManifest) -> None:
         check_manifest(folder, wanted, "write")
     else:
         write_manifest(folder, wanted)
-
-
-def _wanted(config: RunConfig, corpus: Corpus, folder: Path) -> LogManifest:
-    own = folder / "config.toml"
-    return LogManifest(
-        run_id=hashlib.sha256(own.read_bytes()).hexdigest()[:16] if own.exists() else "",
-        producer=TEACHER,
-        tokenizer_sha256=hashlib.sha256(corpus.tokenizer.path.read_bytes()).hexdigest(),
-        vocab_size=corpus.vocab_size,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.data.batch_size,
-        codec=config.labels.codec,
-        temperature=config.labels.temperature,
-        seed=config.run.seed,
-    )

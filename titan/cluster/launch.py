@@ -17,7 +17,7 @@ import titan
 from titan.checkpoint.folder import newest_step, remove_partial
 from titan.cluster.label_source import find_log, provide_labels
 from titan.cluster.planning import Planned, plan_run
-from titan.cluster.preflight import check_checkpoints, check_labels, check_start, forbidden_changes
+from titan.cluster.preflight import check_checkpoints, check_init, check_labels, check_start, forbidden_changes
 from titan.cluster.results import final_results, results_so_far
 from titan.cluster.session import ray_session
 from titan.cluster.supervisor import Outcome, Supervisor
@@ -90,6 +90,7 @@ def new_run(config: RunConfig, overwrite: bool, console: Console) -> Path:
     with _hold(folder, make=True), _display(config, console) as display:
         _check_vacant(folder, overwrite)
         corpus = prepare_data(config, display)
+        check_init(config, corpus)
         if config.teacher.log is not None:
             find_log(config, corpus)
         planned = _plan(config, corpus, display)
@@ -328,6 +329,7 @@ def _tidy_role(config: RunConfig, folder: Path, role: str) -> int:
     checkpoints = folder / "checkpoints" / role
     remove_partial(checkpoints)
     step = newest_step(checkpoints) or 0
-    if role == TEACHER and config.makes_labels:
-        reopen(folder / "labels" / TEACHER, needed=step)
+    log = folder / "labels" / role
+    if config.teaches(role) and (role == TEACHER or log.is_dir()):
+        reopen(log, needed=step)
     return step

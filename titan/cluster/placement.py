@@ -11,7 +11,7 @@ from titan.cluster.rank_actor import RankActor
 from titan.cluster.session import ACCELERATORS
 from titan.config.settings import RunConfig
 from titan.errors import ConfigError
-from titan.plan.layout import Layout, Stage
+from titan.plan.layout import Layout
 
 
 def reserve(layout: Layout, config: RunConfig, paced: frozenset[str]) -> list[PlacementGroup]:
@@ -23,21 +23,21 @@ def reserve(layout: Layout, config: RunConfig, paced: frozenset[str]) -> list[Pl
     bundle = rank_bundle(config)
     resources = ray.cluster_resources()
 
-    def bundle_of(stage: Stage) -> dict[str, float]:
-        if stage.device is None or stage.device in paced or config.cluster.address is None:
+    def bundle_of(kind: str | None) -> dict[str, float]:
+        if kind is None or kind in paced or config.cluster.address is None:
             return bundle
-        wanted = sum(len(one.ranks) for one in layout.positions if one.device == stage.device)
-        if resources.get(stage.device, 0) < wanted:
+        wanted = sum(one.tp * one.kinds.count(kind) for one in layout.positions)
+        if resources.get(kind, 0) < wanted:
             raise ConfigError(
-                f"layout wants {wanted} devices of kind {stage.device!r}, the Ray cluster offers "
-                f"{resources.get(stage.device, 0):g}; start its nodes with --resources='{{\"{stage.device}\": N}}'"
+                f"layout wants {wanted} devices of kind {kind!r}, the Ray cluster offers "
+                f"{resources.get(kind, 0):g}; start its nodes with --resources='{{\"{kind}\": N}}'"
             )
-        return bundle | {stage.device: 1.0}
+        return bundle | {kind: 1.0}
 
     return [
-        placement_group([bundle_of(stage)] * stage.tp, strategy="STRICT_PACK")
+        placement_group([bundle_of(kind)] * stage.tp, strategy="STRICT_PACK")
         for stage in layout.positions
-        for _ in range(stage.dp)
+        for kind in stage.kinds
     ]
 
 

@@ -4,7 +4,7 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from titan.checkpoint.folder import read_manifest, step_folder
+from titan.checkpoint.folder import find_checkpoint, read_manifest, step_folder
 from titan.cluster.session import local_inventory
 from titan.cluster.token import check_token
 from titan.config.environment import ray_address, wanted_kernels
@@ -46,6 +46,24 @@ def check_labels(config: RunConfig, corpus: Corpus) -> None:
             f"labels.top_k is {config.labels.top_k}, more than the tokenizer's {corpus.vocab_size} pieces; "
             "a few dozen are enough"
         )
+
+
+def check_init(config: RunConfig, corpus: Corpus) -> None:
+    """Raise ConfigError unless every `students[].init` is a checkpoint of the student's model."""
+    for student in config.students:
+        if student.init is None:
+            continue
+        here = f"students.{student.name}.init is {student.init!r}"
+        try:
+            manifest = read_manifest(find_checkpoint(Path(student.init)))
+        except CheckpointError as error:
+            raise ConfigError(f"{here}: {error}") from None
+        saved = manifest["model"] | {"vocab_size": manifest["vocab_size"]}
+        own = student.model.model_dump() | {"vocab_size": corpus.vocab_size}
+        if different := [f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]]:
+            raise ConfigError(
+                f"{here}, of another model: {', '.join(different)}; give students.{student.name}.model so"
+            )
 
 
 def check_checkpoints(config: RunConfig, folder: Path, resumed: Mapping[str, int], corpus: Corpus) -> None:

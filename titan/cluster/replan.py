@@ -1,5 +1,6 @@
 """What a new plan would gain when one rank is slower than its kind of device should be."""
 
+import itertools
 from dataclasses import replace
 
 from titan.config.planning import ProfileSettings, SearchSettings
@@ -18,15 +19,16 @@ def replan_gain(costs: Costs, prediction: Prediction, rank: int, factor: float) 
     """
     layout = prediction.layout
     place = layout.place(rank)
-    kind = prediction.kinds[place.position]
+    kind = prediction.rank_kinds[rank]
     slow = slowed(costs, kind, place.stage.tp, factor)
-    number = len(prediction.kinds)
-    devices = [
-        kind + SLOW if stage in place.stages else prediction.kinds[stage.index % number] for stage in layout.stages
-    ]
-    stages = tuple(replace(stage, device=device) for stage, device in zip(layout.stages, devices, strict=True))
+    stages = []
+    for stage in layout.stages:
+        kinds = [kind + SLOW if of == kind and stage in place.stages else of for of in costs.kinds_of(stage)]
+        starts = list(itertools.accumulate(stage.islands[:-1], initial=0))
+        device = tuple(kinds[start] for start in starts) if len(set(kinds)) > 1 else kinds[0]
+        stages.append(replace(stage, device=device))
     try:
-        now_s = slow.predict(replace(layout, stages=stages)).step_s
+        now_s = slow.predict(replace(layout, stages=tuple(stages))).step_s
         best_s = plan_role(slow, SearchSettings(recompute=layout.recompute)).step_s
     except ConfigError:
         return None

@@ -54,6 +54,7 @@ def _result(report: RoleReport, config: RunConfig) -> RoleResult:
         labels_repeated=_whole(labels.get("labels_repeated")),
         max_lag_steps=_whole(labels.get("max_lag_steps")),
         label_bytes_per_token=labels.get("label_bytes_per_token"),
+        features_missed=_whole(labels.get("features_missed")),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from titan.checkpoint.folder import find_checkpoint
 from titan.cluster.failure import Failure
 from titan.cluster.label_service import ServiceKeeper
 from titan.cluster.planning import Planned, plan_picture, with_layouts
@@ -19,7 +20,7 @@ from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError
 from titan.cluster.room import layout_for, who_must_give_way
 from titan.cluster.session import discover
-from titan.config.settings import TEACHER, LayoutSettings
+from titan.config.settings import TEACHER, LayoutSettings, RunConfig
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.service.server import LOCALHOST
 from titan.errors import PlatformError, WorkerError
@@ -165,13 +166,14 @@ class Supervisor:
         found = self.planned.predictions.get(role)
         if found is not None and found.layout != layout:
             found = self.planned.predict(role, layout)
-        paced = layout.place(rank).stage.device in self.planned.paced
+        paced = layout.place(rank).device in self.planned.paced
         return RankSpec(
             config,
             role,
             rank,
             self.run_folder.absolute(),  # the nodes of a Ray that was joined were not started here
             self.corpus_folder.absolute(),
+            init=_init(config, role),
             label_token=self.service.token if self.service is not None else "",
             pace=found.paces[rank] if found is not None and paced else None,
             expected_busy_s=found.busy_s if found is not None else (),
@@ -346,6 +348,11 @@ class Supervisor:
         self.state = State.LOST
         self.events.emit("failed", **failure.fields, error=failure.message + more)
         return WorkerError(failure.message + more)
+
+
+def _init(config: RunConfig, role: str) -> Path | None:
+    named = {student.name: student.init for student in config.students}.get(role)
+    return None if named is None else find_checkpoint(Path(named)).absolute()
 
 
 def _starting(groups: Sequence[RoleGroup], total: int) -> str:

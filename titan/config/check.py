@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from titan.config.check_features import feature_mistakes
 from titan.config.check_layout import divisors, layout_mistakes
 from titan.config.settings import (
     TEACHER,
@@ -10,6 +11,7 @@ from titan.config.settings import (
     OptimizerSettings,
     RunConfig,
     Section,
+    StudentSettings,
 )
 
 
@@ -23,6 +25,7 @@ def find_mistakes(config: RunConfig) -> list[str]:
     mistakes += _teacher_mistakes(config)
     mistakes += _student_mistakes(config)
     mistakes += _label_mistakes(config)
+    mistakes += feature_mistakes(config)
     mistakes += _place_mistakes(config)
     mistakes += _plan_mistakes(config)
     return mistakes
@@ -65,12 +68,26 @@ def _student_mistakes(config: RunConfig) -> Iterator[str]:
         here = f"students.{student.name}"
         if student.name == TEACHER:
             yield f"{here}.name is taken by the teacher; choose another"
+        if student.teacher != TEACHER and student.teacher not in names:
+            known = ", ".join([TEACHER, *(name for name in names if name != student.name)])
+            yield f"{here}.teacher is {student.teacher!r}, which is no role of this run; choose one of {known}"
+        elif chain := _circle(student, config):
+            yield f"{here}.teacher leads in a circle: {' learns from '.join(chain)}; let one learn from {TEACHER!r}"
         start = student.start
         if (start.step is not None) + (start.lead is not None) + start.now > 1:
             given = {name: value for name, value in start.model_dump().items() if value not in (None, False)}
             yield f"{here}.start has {' and '.join(f'{name} ({value})' for name, value in given.items())}; keep one"
         if start.step is not None and start.step >= config.run.steps:
             yield f"{here}.start.step is {start.step}, run.steps is {config.run.steps}; start earlier"
+
+
+def _circle(student: StudentSettings, config: RunConfig) -> list[str]:
+    """Names from a student by its teachers back to itself; [] if the way ends with the teacher."""
+    teacher_of = {other.name: other.teacher for other in config.students}
+    chain = [student.name]
+    while (name := teacher_of.get(chain[-1])) is not None and name not in chain:
+        chain.append(name)
+    return [*chain, student.name] if name == student.name else []
 
 
 def _is_default(section: Section, name: str) -> bool:

@@ -106,6 +106,7 @@ def _stages_mistakes(
             yield f"{here}.islands adds up to {sum(stage.islands)}, dp is {stage.dp}; count every replica once"
         elif stage.islands is not None and len(stage.islands) > 1 and stage.shard > 1:
             yield f"{here}.shard is {stage.shard}; optimizer state is not shared between islands, use 1"
+        yield from _kind_mistakes(here, stage)
     if total != model.layers:
         yield f"{name}.stages have {total} layers, the model has {model.layers}; make them equal"
     kinds = {stage.precision or precision for stage in stages}
@@ -113,6 +114,18 @@ def _stages_mistakes(
         yield (
             f"{name}.stages mix fp16 with {', '.join(sorted(kinds - {'fp16'}))}; fp16 scales the loss for all stages, "
             "use it in all or in none"
+        )
+
+
+def _kind_mistakes(here: str, stage: StageSettings) -> Iterator[str]:
+    if not isinstance(stage.device, tuple):
+        return
+    islands = len(stage.islands or (stage.dp,))
+    if len(stage.device) != islands:
+        given = f"islands has {islands}" if stage.islands else "islands is absent"
+        yield (
+            f"{here}.device names {len(stage.device)} kinds, {given}; give one kind an island, and in islands the "
+            "replicas of each"
         )
 
 

@@ -165,6 +165,9 @@ class SearchSettings(Section):
     schedule: Literal["auto", "1f1b"] = "auto"
     """Order of passes. Layouts are searched for under 1F1B; with `auto` the best few are also tried interleaved, in 2
     to 4 chunks, and the fastest of all is taken."""
+    mixed: bool = True
+    """Whether to try, from the best layouts on, stages whose replicas are of several kinds of devices, with unequal
+    shares of the samples."""
 
 
 class PlanSettings(Section):

@@ -7,11 +7,13 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
 )
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -105,6 +107,11 @@ def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, int) else value
 
 
+def _form_of(value: object) -> str:
+    """Which of two forms a value has, so that a mistake is told of that form alone."""
+    return "kinds" if isinstance(value, list | tuple) else "kind"
+
+
 class StageSettings(Section):
     """One pipeline stage of a layout whose stages are unlike."""
 
@@ -120,14 +127,30 @@ class StageSettings(Section):
     """How many parts of a micro-batch each replica takes, for example [3, 1]; the default is equal parts."""
     precision: Precision | None = None
     """Type of weights and activations; the default is the role's."""
-    device: Name | None = None
-    """Kind of device, as the inventory names it; the default is any."""
+    device: (
+        Annotated[
+            Annotated[Name, Tag("kind")] | Annotated[tuple[Name, ...], Tag("kinds")],
+            Discriminator(_form_of),
+        ]
+        | None
+    ) = None
+    """Kind of device, as the inventory names it; the default is any. A list where replicas are of several kinds: one
+    for each of `islands`."""
     static_shapes: bool = False
     """Fill every replica's part of a micro-batch up to the largest, for devices that compile for fixed shapes. The
     filling is cut off again before it could count."""
     islands: tuple[PositiveInt, ...] | None = None
     """Replicas in each island, adding up to `dp`, where one fast network does not join all of them: gradients are
     reduced inside each island and exchanged in fp32 over the host's network."""
+
+    @property
+    def kinds(self) -> tuple[str | None, ...]:
+        """Kind of device of each replica; None for any."""
+        if not isinstance(self.device, tuple):
+            return (self.device,) * self.dp
+        return tuple(
+            kind for kind, size in zip(self.device, self.islands or (self.dp,), strict=True) for _ in range(size)
+        )
 
 
 class LayoutSettings(Section):
@@ -236,6 +259,45 @@ class StartSettings(Section):
     """Start after the newest step of the log there is; with `teacher.source` of a run that still trains."""
 
 
+class FeatureSettings(Section):
+    """What a student learns from inside one of the teacher's layers: the weight of each loss, a mean over tokens.
+
+    docs/features.md says more of each. Their weighted sum is multiplied by a, as labels are.
+    """
+
+    layer: NonNegativeInt | None = None
+    """Layer of the student, counted from 0; the default is the last. Not with `distill.auxiliary_layer`."""
+    relation_heads: PositiveInt | None = None
+    """Heads that queries, keys and values are cut into for the first five; the default is the greatest common divisor
+    of all head counts of both models."""
+    query: NonNegativeFloat = 0.0
+    """KL between the relations of queries with queries (MiniLMv2, arXiv 2012.15828)."""
+    key: NonNegativeFloat = 0.0
+    """KL between the relations of keys with keys."""
+    value: NonNegativeFloat = 0.0
+    """KL between the relations of values with values."""
+    attention: NonNegativeFloat = 0.0
+    """KL between the attentions, queries with keys (ERNIE 3.0 Titan, arXiv 2112.12731)."""
+    attention_map: NonNegativeFloat = 0.0
+    """Squared distance between the attentions."""
+    hint: NonNegativeFloat = 0.0
+    """Squared distance between hidden states, after a learned projection where widths differ (arXiv 1412.6550)."""
+    affinity: NonNegativeFloat = 0.0
+    """Distance between the cosines of hidden states (arXiv 2107.12087)."""
+
+    @property
+    def relations(self) -> dict[str, float]:
+        """Weights of the losses over relation heads that count."""
+        every = {name: getattr(self, name) for name in ("query", "key", "value", "attention", "attention_map")}
+        return {name: weight for name, weight in every.items() if weight}
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weights of all losses that count; empty if nothing is learned from features."""
+        hidden = {name: getattr(self, name) for name in ("hint", "affinity")}
+        return self.relations | {name: weight for name, weight in hidden.items() if weight}
+
+
 class DistillSettings(Section):
     """How much a student learns from labels: loss = (1 - a) * cross-entropy + a * T^2 * D(teacher, student)."""
 
@@ -255,6 +317,10 @@ class DistillSettings(Section):
     """Of `jsd`: the teacher's share of the middle distribution."""
     shrink: Fraction = 1.0
     """How far drawn entries correct the tail of a label: 1 is unbiased, less is less noisy, 0 ignores them."""
+    features: FeatureSettings = FeatureSettings()
+    """What the student learns from inside the teacher; nothing by default."""
+    auxiliary_layer: bool = False
+    """Learn features by an extra layer over the student's last, which is gone at export (ERNIE 3.0 Titan)."""
 
 
 class StudentSettings(Section):
@@ -270,19 +336,39 @@ class StudentSettings(Section):
     """Optimizer of the student; its schedule spans the steps from the student's start to the end of the run."""
     precision: Precision = "fp32"
     """Type of weights and activations."""
+    seed: NonNegativeInt | None = None
+    """Seeds the student's initial weights; the default is `run.seed`, so that students of one shape begin alike."""
+    teacher: Name = TEACHER
+    """Whose labels it learns: the teacher's, or those of another student, which is then a teacher assistant and makes
+    a label log of its own."""
+    init: str | None = None
+    """Checkpoint that initial weights come from: `RUN/checkpoints/ROLE`, its newest, or `.../step-NNNNNNNN`; absent,
+    they are random."""
     start: StartSettings = StartSettings()
-    """When the student starts."""
+    """When the student starts; a step or lead is that of its own teacher."""
     distill: DistillSettings = DistillSettings()
     """How much the student learns from labels."""
+
+
+class FeatureLabelSettings(Section):
+    """Features, sent if a student asks for some by `distill.features`: those that all students together ask for."""
+
+    layer: NonNegativeInt | None = None
+    """Layer of the teacher, counted from 0; the default is the last."""
+    slots: Annotated[int, Field(ge=1, le=4096)] = 16
+    """Steps of features that are held. A student that is further behind learns those steps without."""
+    precision: Literal["bf16", "fp16"] = "bf16"
+    """Type of the numbers that are sent; fp16 has three more bits and ends at 65504."""
 
 
 class LabelSettings(Section):
     """Soft labels: what the teacher says about each token."""
 
-    codec: Literal["sampled", "top_k", "random", "full"] = "sampled"
+    codec: Literal["sampled", "top_k", "random", "full", "hidden"] = "sampled"
     """`sampled`: the most likely entries and some drawn from the rest, as many of each for a token as serve it best:
     unbiased. `top_k`: the most likely entries, and the rest as one bucket: biased in the tail. `random`: entries drawn
-    from the whole distribution (arXiv 2503.16870): unbiased and noisy. `full`: every log-probability."""
+    from the whole distribution (arXiv 2503.16870): unbiased and noisy. `full`: every log-probability. `hidden`: the
+    teacher's last hidden states, and once a step its output weight, from which students make all of them again."""
     top_k: Annotated[int, Field(ge=1, le=1024)] = 15
     """Most likely entries that a label of `sampled` or `top_k` may have; a 16th would make their count longer."""
     draws: Annotated[int, Field(ge=1, le=1024)] = 16
@@ -296,6 +382,8 @@ class LabelSettings(Section):
     """Make labels even if the run has no students; those of other runs may join at any time by `teacher.source`."""
     temperature: Annotated[float, Field(ge=0.1, le=20.0)] = 1.0
     """T of the distillation loss, the same for all students of the run."""
+    features: FeatureLabelSettings = FeatureLabelSettings()
+    """Queries, keys, values and hidden states of one of the teacher's layers."""
 
 
 class CheckpointSettings(Section):
@@ -385,6 +473,10 @@ class RunConfig(Section):
     def makes_labels(self) -> bool:
         """Whether this run's teacher writes a label log."""
         return self.teacher.log is None and (bool(self.students) or self.labels.without_students)
+
+    def teaches(self, role: str) -> bool:
+        """Whether a role of this run makes a label log."""
+        return self.makes_labels if role == TEACHER else any(student.teacher == role for student in self.students)
 
     @property
     def serves_labels(self) -> bool:

@@ -22,6 +22,8 @@ class RankSpec:
     """On a paced device: the time its passes take."""
     label_token: str = field(default="", repr=False)
     """What the label service asks for; empty where labels are read from files."""
+    init: Path | None = None
+    """Checkpoint that the role's weights start from, if not at random."""
     expected_busy_s: tuple[float, ...] = ()
     """By rank of the role: seconds its passes of a step should take; empty where nothing is known."""
 
@@ -29,6 +31,12 @@ class RankSpec:
     def settings(self) -> Role:
         """What trains."""
         return self.config.roles[self.role]
+
+    @property
+    def initial_seed(self) -> int:
+        """Of the role's initial weights."""
+        own = {student.name: student.seed for student in self.config.students}.get(self.role)
+        return self.config.run.seed if own is None else own
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -41,9 +49,19 @@ class RankSpec:
         return self.run_folder / ADDRESS_FILE
 
     @property
+    def teacher(self) -> str:
+        """Whose labels the role learns."""
+        return {student.name: student.teacher for student in self.config.students}.get(self.role, TEACHER)
+
+    @property
     def label_folder(self) -> Path:
-        """The teacher's label log."""
-        return self.run_folder / "labels" / TEACHER
+        """The label log of the role's teacher."""
+        return self.run_folder / "labels" / self.teacher
+
+    @property
+    def own_label_folder(self) -> Path:
+        """The label log of a role that teaches."""
+        return self.run_folder / "labels" / self.role
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from titan.checkpoint.save import CheckpointWriter
 from titan.data.corpus import Corpus
 from titan.data.sampler import Sampler
 from titan.distill.rank import RankSpec, RoleReport
+from titan.model.auxiliary import Auxiliary
 from titan.model.parameters import num_parameters
 from titan.observe.metrics import EvalMetric, StepMetric
 from titan.ops.choose import choices
@@ -26,7 +27,7 @@ from titan.parallel.world import join_world
 from titan.plan.layout import make_layout
 from titan.plan.straggler import MeasuredSteps, StragglerWatch
 from titan.platform.device import Platform
-from titan.train.restore import restore_trainer, trainer_pieces, trainer_state
+from titan.train.restore import restore_trainer, start_from, trainer_pieces, trainer_state
 from titan.train.trainer import StepResult, Trainer, TrainerSettings
 
 STOP, PAUSE = 1.0, 0.5
@@ -79,7 +80,8 @@ class RoleRank(ABC):
                 vocab_size=self.corpus.vocab_size,
                 sequence_length=data.sequence_length,
                 batch_size=data.batch_size,
-                seed=config.run.seed,
+                seed=spec.initial_seed,
+                auxiliary=self.auxiliary(),
             ),
             spec.pace,
         )
@@ -97,6 +99,8 @@ class RoleRank(ABC):
             self.step = checkpoint.step
             self.train_seconds = checkpoint.state["train_seconds"]
             self.load_state(checkpoint.state)
+        elif spec.init is not None:
+            start_from(self.trainer, Checkpoint(spec.init))
         self.saved_step = self.step
         kernels = choices(self.world.platform.kind)
         self.tell_event("kernels", **{operation: choice.backend for operation, choice in kernels.items()})
@@ -106,6 +110,10 @@ class RoleRank(ABC):
     @abstractmethod
     def train(self) -> RoleReport:
         """Train to the end of the run, or until asked to stop."""
+
+    def auxiliary(self) -> Auxiliary | None:
+        """What the role's model has only in training."""
+        return None
 
     def own_state(self) -> dict[str, Any]:
         """What the role keeps besides the model, as JSON."""

@@ -1,6 +1,7 @@
 """A student's loop: wait for the next committed step of labels, learn it, keep count."""
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,18 +9,25 @@ import numpy as np
 from titan.config.settings import TEACHER
 from titan.distill.codec.block import LabelBlock
 from titan.distill.control import ControlTracker
+from titan.distill.features.asked import student_auxiliary
+from titan.distill.features.rank import FeatureLearner, open_learner
 from titan.distill.lead import LeadTracker, distillation_weight
 from titan.distill.log.ledger import Ledger, Place
+from titan.distill.log.manifest import MANIFEST
 from titan.distill.log.reader import LabelReader
-from titan.distill.log.records import FINISHED, Commit
+from titan.distill.log.records import FINISHED, STOPPED, Commit
+from titan.distill.publisher import LabelPublisher, TaughtBatch
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.role import RoleRank
 from titan.distill.service.client import FlightLabelReader
 from titan.errors import LabelError
+from titan.model.auxiliary import Auxiliary
 from titan.ops.head import Objective
 from titan.platform.device import Platform
 from titan.tasks.sample_labels import SampleLabels
 
+LOOK_S = 0.1
+COUNTS = ("consumed", "skipped", "missed", "repeated", "max_lag", "label_bytes", "label_tokens", "features_missed")
 Reader = LabelReader | FlightLabelReader
 
 
@@ -35,18 +43,23 @@ class StudentRank(RoleRank):
         """Teacher step after which the student started; None before."""
         self.consumed, self.skipped, self.missed, self.repeated, self.max_lag = 0, 0, 0, 0, 0
         self.label_bytes, self.label_tokens = 0, 0
+        self.features_missed = 0
+        """Steps learned without features that were asked for, because they were gone."""
+        self.learner: FeatureLearner | None = None
         self.ledger: Ledger | None = None
         """Only the lead keeps it."""
+        self.publisher: LabelPublisher | None = None
+        """Of a student that teaches others."""
 
     def own_state(self) -> dict[str, Any]:
         """Offset and counts are committed with the weights, so that nothing is lost or learned twice."""
-        names = ("consumed", "skipped", "missed", "repeated", "max_lag", "label_bytes", "label_tokens")
         return {
+            "producer": self.spec.teacher,
             "start_step": self.start_step,
             "place": None if self.start_step is None else [self.step + 1, 0],
             "lead": vars(self.tracker),
             "control": vars(self.control),
-            "counts": {name: getattr(self, name) for name in names},
+            "counts": {name: getattr(self, name) for name in COUNTS},
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -60,13 +73,17 @@ class StudentRank(RoleRank):
     def train(self) -> RoleReport:
         """Learn every step from the start to the end of the log."""
         reader = self._open_reader()
+        self.learner = open_learner(self.config, self.student, self.trainer, reader, self.spec.label_folder)
         self._open_ledger()
         try:
-            stopped = self._wait_for_start(reader)
+            stopped = self._wait_for_log() or self._wait_for_start(reader)
             if not stopped and self.start_step is not None:
                 stopped = self._learn(reader)
         finally:
+            if self.learner is not None:
+                self.learner.close()
             reader.close()
+        self._end_own_log(stopped)
         report = self.finish(stopped, self._accounting())
         if self.ledger is not None:
             self.ledger.close()
@@ -75,8 +92,38 @@ class StudentRank(RoleRank):
     def _open_reader(self) -> Reader:
         timeout_s = self.config.cluster.step_timeout_s
         if self.spec.label_token:
-            return FlightLabelReader(self.spec.label_address_file, self.spec.label_token, TEACHER, timeout_s)
+            return FlightLabelReader(self.spec.label_address_file, self.spec.label_token, self.spec.teacher, timeout_s)
         return LabelReader(self.spec.label_folder, timeout_s)
+
+    def _wait_for_log(self) -> bool:
+        """Until a teacher that is itself a student has begun; True if the run stopped before."""
+        if self.spec.teacher == TEACHER:
+            return False
+        first = LabelReader(self.spec.run_folder / "labels" / TEACHER, 0.0)
+        try:
+            while not (self.spec.label_folder / MANIFEST).exists():
+                first.poll()
+                if self._alone_and_stopping() or (first.ended is not None and first.ended.reason == STOPPED):
+                    return True
+                time.sleep(LOOK_S)
+        finally:
+            first.close()
+        return False
+
+    def _open_own_log(self, start_step: int) -> None:
+        """If the student teaches others."""
+        if self.config.teaches(self.spec.role):
+            self.publisher = LabelPublisher(self.spec, self.world, self.corpus, start_step)
+
+    def _end_own_log(self, stopped: bool) -> None:
+        """Tell those it teaches that no more will come; also where it never began."""
+        if self.paused:
+            return
+        if self.publisher is None and not stopped:
+            self._open_own_log(self.config.run.steps)
+        if self.publisher is not None:
+            self.publisher.make_durable()
+            self.publisher.end(STOPPED if stopped else FINISHED)
 
     def _open_ledger(self) -> None:
         """On the lead: go on with the ledger where the checkpoint was made."""
@@ -84,10 +131,16 @@ class StudentRank(RoleRank):
             self.ledger = Ledger(self.spec.run_folder, self.spec.role)
             self.ledger.rewind(self.steps_made())
 
+    def auxiliary(self) -> Auxiliary | None:
+        """An extra layer, or the regressor of a hint."""
+        return student_auxiliary(self.student, self.config.teacher.model)
+
     def save_checkpoint(self) -> None:
         """A checkpoint is never ahead of the ledger."""
         if self.ledger is not None:
             self.ledger.make_durable()
+        if self.publisher is not None:
+            self.publisher.make_durable()
         super().save_checkpoint()
 
     def steps_made(self) -> int:
@@ -102,10 +155,10 @@ class StudentRank(RoleRank):
         if start.lead is None:
             first = self._newest_step(reader) if start.now else start.step or 0
             commit = reader.wait_commit(first + 1, self._alone_and_stopping)
-            if commit is None and reader.ended is not None and reader.ended.reason == FINISHED:
+            if commit is None and first > 0 and reader.ended is not None and reader.ended.reason == FINISHED:
                 raise LabelError(f"start is after step {first}, with which the log has ended; start earlier")
             if commit is None:
-                return True
+                return reader.ended is None or reader.ended.reason != FINISHED
             self.start_step = self.step = commit.step - 1
             return False
         fresh, step = None, 0
@@ -114,6 +167,7 @@ class StudentRank(RoleRank):
             commit = reader.wait_commit(step, self._alone_and_stopping)
             if commit is None:  # a lead that was never reached is no stop
                 return reader.ended is None or reader.ended.reason != FINISHED
+            step = commit.step
             if fresh is None:
                 fresh = self.trainer.evaluate(_tokens(reader.read(commit)[0]))
             self.tracker.add(commit.cross_entropy, fresh)
@@ -130,6 +184,7 @@ class StudentRank(RoleRank):
     def _learn(self, reader: Reader) -> bool:
         assert self.start_step is not None
         self.tell_event("student_started", step=self.start_step, reason=self._start_reason())
+        self._open_own_log(self.start_step)
         total, stopped = self.config.run.steps, False
         while self.step < total and not stopped:
             begin = time.perf_counter()
@@ -159,15 +214,25 @@ class StudentRank(RoleRank):
         temperature = self.config.labels.temperature
         distill = self.student.distill
         labels = SampleLabels.cat([block.labels.at(temperature) for block in blocks])
+        taught = TaughtBatch(self.step, _tokens(blocks), np.concatenate([block.sample_ids_B for block in blocks]))
+        publisher, learner = self.publisher, self.learner
+        features = learner.tap(self.step, commit.samples, weight) if learner is not None else None
+        self.features_missed += learner is not None and features is None
         result = self.trainer.step(
-            _tokens(blocks),
+            taught.tokens_BS1,
             self.trainer.learning_rate(own_step, own_steps),
             Objective(weight, temperature, loss=distill.loss, beta=distill.beta),
             labels=labels,
+            wish=publisher.wish(self.step) if publisher is not None else None,
+            sample_ids=taught.sample_ids_B if publisher is not None else None,
+            on_labels=partial(publisher.append, taught) if publisher is not None else None,
             shrink=distill.shrink,
             control=self.control.control,
             votes=self.stop_vote(),
+            features=features,
         )
+        if publisher is not None:
+            publisher.commit(taught, result.cross_entropy)
         if self.ledger is not None:
             if commit.step > before + 1:
                 self.ledger.note(own_step, Place(before + 1, 0), Place(self.step, 0), "skipped", "dropped from the log")
@@ -176,6 +241,7 @@ class StudentRank(RoleRank):
         self.tracker.add(commit.cross_entropy, result.cross_entropy)
         self.control.add(*result.tail_fit)
         loss = (1 - weight) * result.cross_entropy + weight * temperature**2 * result.divergence
+        loss += weight * sum(distill.features.weights[name] * value for name, value in result.features.items())
         self.tell(
             self.step_metric(
                 result,
@@ -186,6 +252,7 @@ class StudentRank(RoleRank):
                 lead=self.tracker.lead,
                 label_bytes=size,
                 label_wait_s=waited,
+                **{f"{name}_loss": value for name, value in result.features.items()},
             )
         )
         return self.heed(result)
@@ -208,7 +275,7 @@ class StudentRank(RoleRank):
             "labels_repeated": self.repeated,
             "max_lag_steps": self.max_lag,
             "label_bytes_per_token": self.label_bytes / max(1, self.label_tokens),
-        }
+        } | ({} if self.learner is None else {"features_missed": self.features_missed})
 
     def _alone_and_stopping(self) -> bool:
         """A role of one rank may stop while it waits; one of many stops with a step, or when the log ends."""

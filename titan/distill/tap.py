@@ -6,6 +6,7 @@ from torch import Tensor
 from titan.config.settings import LabelSettings
 from titan.distill.codec.raw import RawLabels
 from titan.tasks.causal_lm import LabelWish
+from titan.tasks.teacher_hidden import TeacherHidden
 from titan.train.trainer import LabelPart
 
 
@@ -14,13 +15,18 @@ def label_wish(settings: LabelSettings, run_seed: int, step: int) -> LabelWish:
     seed = (run_seed << 32 | step) & 0x7FFFFFFFFFFFFFFF
     if settings.codec == "full":
         return LabelWish(whole=True)
+    if settings.codec == "hidden":
+        return LabelWish(hidden=True)
     if settings.codec == "random":
         return LabelWish(draws=settings.draws, independent=True, seed=seed)
     return LabelWish(settings.top_k, settings.draws if settings.codec == "sampled" else 0, seed=seed)
 
 
-def raw_labels(settings: LabelSettings, part: LabelPart, length: int) -> RawLabels:
-    """What the head said of a micro-batch of samples of `length` tokens, by samples."""
+def raw_labels(settings: LabelSettings, part: LabelPart, length: int, step: int = 0) -> RawLabels:
+    """What the teacher said of a micro-batch of samples of `length` tokens, by samples.
+
+    step: of the teacher; `hidden` labels name it as the version of their output weight
+    """
     says = part.says
 
     def by_sample(rows: Tensor | None) -> np.ndarray | None:
@@ -28,6 +34,12 @@ def raw_labels(settings: LabelSettings, part: LabelPart, length: int) -> RawLabe
             return None
         return rows.view(length, part.samples, *rows.shape[1:]).transpose(0, 1).cpu().numpy()
 
+    if isinstance(says, TeacherHidden):
+        weight = None if says.weight_VD is None else says.weight_VD.float().cpu().numpy()
+        return RawLabels(
+            "hidden", settings.temperature, hidden_BSD=by_sample(says.hidden_ND.float()), output_weight_VD=weight,
+            weight_version=step,
+        )  # fmt: skip
     heads = settings.codec in ("sampled", "top_k")
     return RawLabels(
         codec=settings.codec,

@@ -50,6 +50,16 @@ class StepMetric:
     label_wait_s: float | None = None
     """Students: seconds of the step spent waiting for labels."""
 
+    query_loss: float | None = None
+    """Students: a loss of features before its weight, a mean over tokens (docs/features.md); likewise those below. None
+    where there is none: not asked for, or the step's features were gone."""
+    key_loss: float | None = None
+    value_loss: float | None = None
+    attention_loss: float | None = None
+    attention_map_loss: float | None = None
+    hint_loss: float | None = None
+    affinity_loss: float | None = None
+
 
 @dataclass(frozen=True)
 class EvalMetric:

@@ -49,7 +49,7 @@ def promises(folder: Path, events: Sequence[Record], metrics: Sequence[Metric]) 
         busy: list[tuple[str, float, float]] = []
         for index, position in enumerate(prediction["positions"]):
             measured_s = busy_s[index] if index < len(busy_s) else math.nan
-            if not math.isnan(measured_s):
+            if not math.isnan(measured_s) and "+" not in position["device"]:  # whose of several kinds is not known
                 busy.append((position["device"], position["busy_s"], measured_s))
             rows.append(
                 {

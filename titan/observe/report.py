@@ -38,6 +38,7 @@ class Report:
     """report.png in base64."""
     roles: Sequence[Record]
     students: Sequence[Record]
+    features: Sequence[Record]
     promises: Sequence[Promise]
     plan_picture: str
     """plan.png in base64; empty where nothing was predicted."""
@@ -72,6 +73,7 @@ def write_report(folder: Path) -> Path:
         picture=base64.b64encode(picture).decode(),
         roles=_role_records(config, metrics, summary),
         students=_student_records(config, metrics, summary),
+        features=_feature_records(config, metrics, summary),
         promises=promises(folder, this_part, metrics),
         plan_picture=_picture(folder / PICTURE_FILE),
         facts=_facts(config, summary, this_part),
@@ -172,6 +174,29 @@ def _student_records(config: RunConfig, metrics: Sequence[Metric], summary: Reco
     return records
 
 
+def _feature_records(config: RunConfig, metrics: Sequence[Metric], summary: Record) -> list[Record]:
+    """A row a student and loss of features; text throughout."""
+    records = []
+    for student in config.students:
+        missed = summary.get("roles", {}).get(student.name, {}).get("features_missed")
+        steps = [metric for metric in metrics if isinstance(metric, StepMetric) and metric.role == student.name]
+        for name, weight in student.distill.features.weights.items():
+            values = [value for metric in steps if (value := getattr(metric, f"{name}_loss")) is not None]
+            first, last = (values[0], values[-1]) if values else (None, None)
+            records.append(
+                {
+                    "role": student.name,
+                    "loss": name.replace("_", " "),
+                    "weight": f"{weight:g}",
+                    "first": _number(first, digits=4),
+                    "last": _number(last, digits=4),
+                    "steps": f"{len(values):,}",
+                    "missed": _number(missed),
+                }
+            )
+    return records
+
+
 def _label_fact(labels: LabelSettings) -> str:
     """How labels are made, in words."""
     size = "" if labels.bytes_per_token is None else f" in {labels.bytes_per_token:g} bytes a token"
@@ -180,6 +205,7 @@ def _label_fact(labels: LabelSettings) -> str:
         "top_k": f"the likeliest, up to {labels.top_k}, and the rest as one bucket{size}",
         "random": f"{labels.draws} draws",
         "full": "every log-probability",
+        "hidden": "the last hidden states, and the output weight of each step",
     }
     return f"{made[labels.codec]}; temperature {labels.temperature:g}"
 

@@ -15,7 +15,7 @@ RunEnd = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class RoleResult:
-    """What one role came to. The last five are of students, None for the teacher."""
+    """What one role came to. The last six are of students, None for the teacher."""
 
     params: int
     """Parameters of the model."""
@@ -37,6 +37,8 @@ class RoleResult:
     """Largest lag behind the teacher, steps."""
     label_bytes_per_token: float | None = None
     """Bytes of labels a token."""
+    features_missed: int | None = None
+    """Steps learned without the features that were asked for, because they were gone; None if none were asked for."""
 
 
 def write_summary(
@@ -104,4 +106,7 @@ def _comparison(student: StudentSettings, control: StudentSettings, bits: Mappin
 def _role_record(role: str, result: RoleResult) -> Record:
     """A role's numbers; the teacher has no keys about labels."""
     of_students = ("labels_consumed", "labels_missed", "labels_repeated", "max_lag_steps", "label_bytes_per_token")
-    return {name: value for name, value in asdict(result).items() if role != "teacher" or name not in of_students}
+    record = {name: value for name, value in asdict(result).items() if role != "teacher" or name not in of_students}
+    if result.features_missed is None:
+        del record["features_missed"]
+    return record

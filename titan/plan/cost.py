@@ -1,6 +1,8 @@
 """What a layout takes on a fleet: its step's exact timeline, memory on every rank, and the pace of paced devices."""
 
+import itertools
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +21,21 @@ class Prediction:
     """What is expected of a layout."""
 
     layout: Layout
+    micro_batch_samples: int
+    """Samples of a micro-batch, over all replicas."""
     kinds: tuple[str, ...]
-    """Kind of device at each position."""
+    """Kind of device at each position; where replicas are of several, they are joined by "+"."""
     times: tuple[StageTimes, ...]
     timeline: Timeline
     memory: tuple[Memory, ...]
-    """At each position, on the rank that needs most."""
+    """At each position, on the rank that needs most; of several kinds on the one with the least room left."""
     limit_bytes: tuple[float, ...]
+    needs: tuple[Mapping[str, Memory], ...]
+    """At each position, by kind, on the rank that needs most."""
     paces: tuple[Pace, ...]
     """By rank: what its device takes, and what it is told to take where it is paced."""
+    rank_kinds: tuple[str, ...]
+    """By rank: its kind of device."""
 
     @property
     def step_s(self) -> float:
@@ -39,6 +47,24 @@ class Prediction:
         """By rank: seconds that its passes of one step take."""
         number = self.layout.micro_batches
         return tuple(number * (sum(pace.forward_s) + sum(pace.backward_s)) for pace in self.paces)
+
+    def samples_of(self, position: int) -> list[int]:
+        """Samples of a micro-batch that each replica at a position has."""
+        return [end - start for start, end in self.layout.positions[position].samples(self.micro_batch_samples)]
+
+    def shared(self, position: int) -> tuple[str, str]:
+        """In words: kinds of device at a position, with the replicas of each if they are several; a replica's samples.
+
+        `2 fast + 1 slow` and `11-12 + 5`
+        """
+        shares: dict[str, list[int]] = {}
+        stage = self.layout.positions[position]
+        kinds = self.rank_kinds[stage.first_rank : stage.ranks.stop : stage.tp]
+        for kind, samples in zip(kinds, self.samples_of(position), strict=True):
+            shares.setdefault(kind, []).append(samples)
+        counted = [f"{len(of)} {kind}" if len(shares) > 1 else kind for kind, of in shares.items()]
+        least_most = [dict.fromkeys((min(of), max(of))) for of in shares.values()]
+        return " + ".join(counted), " + ".join("-".join(map(str, each)) for each in least_most)
 
     @property
     def too_large(self) -> list[int]:
@@ -56,6 +82,7 @@ class Prediction:
                     "device": kind,
                     "tp": stage.tp,
                     "dp": stage.dp,
+                    "samples": self.samples_of(index),
                     "layers": layers,
                     "busy_s": max(self.busy_s[rank] for rank in stage.ranks),
                     "idle_share": line.idle_shares[index],
@@ -74,24 +101,34 @@ class Costs:
     fleet: Fleet
     profile: Profile
 
-    def kind_of(self, stage: Stage) -> str:
-        """The kind of device of a stage. Raises ConfigError if it is not in the inventory or not told."""
+    def kinds_of(self, stage: Stage) -> tuple[str, ...]:
+        """The kind of device of each replica. Raises ConfigError if one is not in the inventory or not told."""
+        if not isinstance(stage.device, tuple):
+            return (self._known_kind(stage, stage.device),) * stage.dp
+        return tuple(self._known_kind(stage, kind) for kind in stage.kinds)
+
+    def _known_kind(self, stage: Stage, kind: str | None) -> str:
         known = ", ".join(self.fleet.kinds)
-        if stage.device is None:
+        if kind is None:
             if len(self.fleet.kinds) == 1:
                 return next(iter(self.fleet.kinds))
             raise ConfigError(f"stage {stage.index} names no device; give one of {known} (layout.stages.device)")
-        if stage.device not in self.fleet.kinds:
-            raise ConfigError(f"stage {stage.index} wants device {stage.device!r}; the inventory has {known}")
-        return stage.device
+        if kind not in self.fleet.kinds:
+            raise ConfigError(f"stage {stage.index} wants device {kind!r}; the inventory has {known}")
+        return kind
 
-    def passes(self, stage: Stage, samples: int, recompute: bool) -> tuple[float, float]:
-        """Seconds forward and backward of one micro-batch, of which a replica has `samples`.
+    def parts_of(self, stage: Stage, samples: int) -> dict[tuple[str, int], None]:
+        """The different (kind, samples of a micro-batch) of a stage's replicas, in their order."""
+        shares = (end - start for start, end in stage.samples(samples))
+        return dict.fromkeys(zip(self.kinds_of(stage), shares, strict=True))
+
+    def passes(self, stage: Stage, kind: str, samples: int, recompute: bool) -> tuple[float, float]:
+        """Seconds forward and backward of one micro-batch, of which a replica of a kind has `samples`.
 
         recompute: whether the backward pass does the layers' forward pass again (arXiv 1604.06174); embedding and head
                    keep what they need
         """
-        kind, layers = self.kind_of(stage), stage.end_layer - stage.first_layer
+        layers = stage.end_layer - stage.first_layer
         layer = self.profile.block(kind, "layer", stage.tp, samples)
         forward_s, backward_s = layers * layer.forward_s, layers * layer.backward_in(recompute)
         for has, name in ((stage.has_embedding, "embedding"), (stage.has_head, "head")):
@@ -104,25 +141,57 @@ class Costs:
     def edge_s(self, source: Stage, target: Stage, samples: int, sequence_parallel: bool) -> float:
         """Seconds until the last part of a micro-batch has crossed an edge; messages of one rank go one by one."""
         task = self.task
-        network = self.fleet.network(self.kind_of(source), self.kind_of(target))
-        size = task.model.hidden * DTYPE_BYTES[source.precision or task.precision]
-        moved = _busiest(source, target, samples, task.sequence_length, sequence_parallel)
-        return network.seconds(moved * size)
+        sample_bytes = task.model.hidden * DTYPE_BYTES[source.precision or task.precision]
+        sent, received = (
+            tokens * sample_bytes for tokens in tokens_moved(source, target, task.sequence_length, sequence_parallel)
+        )
+        source_kinds, target_kinds = self.kinds_of(source), self.kinds_of(target)
+        if len({*source_kinds}) == len({*target_kinds}) == 1:
+            most_sent, most_received = (max(e - s for s, e in stage.samples(samples)) for stage in (source, target))
+            network = self.fleet.network(source_kinds[0], target_kinds[0])
+            return network.seconds(max(most_sent * sent, most_received * received))
+        return self._mixed_edge_s(source, target, samples, sent, received)
+
+    def _mixed_edge_s(self, source: Stage, target: Stage, samples: int, sent: float, received: float) -> float:
+        """The same where replicas differ: each rank's messages over the networks to those it shares samples with.
+
+        sent, received: bytes of one sample that the busiest rank of a replica sends, or receives
+        """
+        kinds, target_kinds = self.kinds_of(source), self.kinds_of(target)
+        gives_s, takes_s = [0.0] * source.dp, [0.0] * target.dp
+        latency_s = 0.0
+        for giver, taker, number in shared_samples(source, target, samples):
+            network = self.fleet.network(kinds[giver], target_kinds[taker])
+            latency_s = max(latency_s, network.latency_s)
+            gives_s[giver] += number * sent / network.bytes_per_s
+            takes_s[taker] += number * received / network.bytes_per_s
+        return latency_s + max(*gives_s, *takes_s)
 
     def tail_s(self, stages: tuple[Stage, ...]) -> float:
         """Gradient exchange and optimizer of a position.
 
         A ring moves 2 (d - 1) / d of the gradients over each link; over a node's border it is the island's network.
+        Where replicas sit in several islands, the first replica of each then sends its sums to those of all others, and
+        gives what comes out to the replicas of its island (`titan.parallel.bridge`).
         """
         stage = stages[0]
-        kind, precision = self.kind_of(stage), stage.precision or self.task.precision
+        kinds, precision = self.kinds_of(stage), stage.precision or self.task.precision
+        sizes = stage.islands or (stage.dp,)
+        firsts = [kinds[start] for start in itertools.accumulate(sizes[:-1], initial=0)]
         parameters = sum(stage_parameters(self.task, part) for part in stages)
-        seconds = 0.0
-        if stage.dp > 1:
-            moved = 2 * (stage.dp - 1) / stage.dp * 4 * parameters
-            seconds += self.fleet.network(kind, kind).seconds(moved)
-        state = parameters * bytes_per_parameter(precision, stage.shard)
-        return seconds + state / self.profile.update_bytes_per_s(kind)
+        gradient_bytes, state = 4 * parameters, parameters * bytes_per_parameter(precision, stage.shard)
+        reduce_s = bridge_s = end_s = 0.0
+        for kind, size in zip(firsts, sizes, strict=True):
+            update_s = state / self.profile.update_bytes_per_s(kind)
+            if size > 1:
+                network = self.fleet.network(kind, kind)
+                reduce_s = max(reduce_s, network.seconds(2 * (size - 1) / size * gradient_bytes))
+                update_s += network.seconds(gradient_bytes) if len(sizes) > 1 else 0.0
+            end_s = max(end_s, update_s)
+        for index, kind in enumerate(firsts):
+            others = [self.fleet.network(kind, other) for at, other in enumerate(firsts) if at != index]
+            bridge_s = max(bridge_s, sum(network.seconds(gradient_bytes) for network in others))
+        return reduce_s + bridge_s + end_s
 
     def samples_of(self, layout: Layout) -> int:
         """Samples of a micro-batch, over all replicas."""
@@ -133,8 +202,8 @@ class Costs:
         samples, cut, last = self.samples_of(layout), layout.sequence_parallel, len(layout.stages) - 1
         times = []
         for stage in layout.stages:
-            shares = {end - start for start, end in stage.samples(samples)}
-            passes = [self.passes(stage, share, layout.recompute) for share in shares]
+            parts = self.parts_of(stage, samples)
+            passes = [self.passes(stage, kind, share, layout.recompute) for kind, share in parts]
             ahead = layout.stages[stage.index + 1] if stage.index < last else None
             behind = layout.stages[stage.index - 1] if stage.index else None
             times.append(
@@ -152,39 +221,52 @@ class Costs:
         number = len(layout.positions)
         return [self.tail_s(layout.stages[position::number]) for position in range(number)]
 
-    def memory_at(self, layout: Layout, position: int) -> Memory:
-        """Of the rank at a position that needs most."""
-        stage = layout.positions[position]
-        most = max(end - start for start, end in stage.samples(self.samples_of(layout)))
-        return position_memory(self.profile, layout, position, self.kind_of(stage), most)
+    def memory_at(self, layout: Layout, position: int) -> dict[str, Memory]:
+        """By kind of device, of the rank at a position that needs most."""
+        most: dict[str, int] = {}
+        for kind, share in self.parts_of(layout.positions[position], self.samples_of(layout)):
+            most[kind] = max(most.get(kind, 0), share)
+        return {kind: position_memory(self.profile, layout, position, kind, share) for kind, share in most.items()}
 
     def predict(self, layout: Layout) -> Prediction:
         """Everything about a layout. Raises ConfigError for what profile or inventory do not know."""
         number, tails, times = len(layout.positions), self.tails(layout), self.stage_times(layout)
         line = timeline([layout.actions(position) for position in range(number)], layout.chunks, times, tails)
-        kinds = tuple(self.kind_of(stage) for stage in layout.positions)
-        memory = tuple(self.memory_at(layout, position) for position in range(number))
-        limits = tuple(self.fleet.kinds[kind].memory_bytes for kind in kinds)
-        paces = tuple(pace for position in range(number) for pace in self._paces(layout, position, tails[position]))
-        return Prediction(layout, kinds, tuple(times), line, memory, limits, paces)
+        kinds = [self.kinds_of(stage) for stage in layout.positions]
+        needs = tuple(self.memory_at(layout, position) for position in range(number))
+        fullest = [max(of, key=lambda kind: of[kind].total - self.fleet.kinds[kind].memory_bytes) for of in needs]
+        return Prediction(
+            layout=layout,
+            micro_batch_samples=self.samples_of(layout),
+            kinds=tuple("+".join(dict.fromkeys(of)) for of in kinds),
+            times=tuple(times),
+            timeline=line,
+            memory=tuple(of[kind] for of, kind in zip(needs, fullest, strict=True)),
+            limit_bytes=tuple(self.fleet.kinds[kind].memory_bytes for kind in fullest),
+            needs=needs,
+            paces=tuple(pace for place in range(number) for pace in self._paces(layout, place, tails[place])),
+            rank_kinds=tuple(
+                kind for of, stage in zip(kinds, layout.positions, strict=True) for kind in of for _ in range(stage.tp)
+            ),
+        )
 
     def _paces(self, layout: Layout, position: int, tail_s: float) -> list[Pace]:
-        """Of every rank at a position, in order; replicas with as many samples are alike."""
-        stages, of_share = layout.stages[position :: len(layout.positions)], dict[int, Pace]()
-        paces = list[Pace]()
-        for start, end in stages[0].samples(self.samples_of(layout)):
-            share = end - start
-            if share not in of_share:
-                passes = [self.passes(stage, share, layout.recompute) for stage in stages]
-                of_share[share] = Pace(tuple(f for f, _ in passes), tuple(b for _, b in passes), tail_s)
-            paces += [of_share[share]] * stages[0].tp
-        return paces
+        """Of every rank at a position, in order; replicas of one kind with as many samples are alike."""
+        stages, samples = layout.stages[position :: len(layout.positions)], self.samples_of(layout)
+        paces = dict[tuple[str, int], Pace]()
+        for part in self.parts_of(stages[0], samples):
+            passes = [self.passes(stage, *part, layout.recompute) for stage in stages]
+            paces[part] = Pace(tuple(f for f, _ in passes), tuple(b for _, b in passes), tail_s)
+        shares = (end - start for start, end in stages[0].samples(samples))
+        parts = zip(self.kinds_of(stages[0]), shares, strict=True)
+        return [paces[part] for part in parts for _ in range(stages[0].tp)]
 
 
-def _busiest(source: Stage, target: Stage, samples: int, length: int, sequence_parallel: bool) -> float:
-    """Tokens that the busiest rank of an edge sends or receives: the most over all `titan.plan.edges.routes`.
+def tokens_moved(source: Stage, target: Stage, length: int, sequence_parallel: bool) -> tuple[float, float]:
+    """Tokens that the busiest rank of a replica (sends, receives) for each sample of an edge.
 
-    Every sample of a sender goes to one replica, of which each tensor rank gets a copy or its slice of the positions.
+    Those of all `titan.plan.edges.routes`: every sample of a sender goes to one replica, of which each tensor rank gets
+    a copy or its slice of the positions.
     """
     source_cut, target_cut = (sequence_parallel and stage.tp > 1 for stage in (source, target))
     received = length / target.tp if target_cut else length
@@ -192,5 +274,15 @@ def _busiest(source: Stage, target: Stage, samples: int, length: int, sequence_p
         sent = length / source.tp * (1 if target_cut else target.tp)
     else:  # copies take turns
         sent = received * math.ceil(target.tp / source.tp)
-    most_sent, most_received = (max(end - start for start, end in stage.samples(samples)) for stage in (source, target))
-    return max(most_sent * sent, most_received * received)
+    return sent, received
+
+
+def shared_samples(source: Stage, target: Stage, samples: int) -> Iterator[tuple[int, int, int]]:
+    """(replica of source, replica of target, samples of a micro-batch that both have), where there are any."""
+    given, taken = source.samples(samples), target.samples(samples)
+    giver = taker = 0
+    while giver < len(given) and taker < len(taken):
+        (start, end), (begin, stop) = given[giver], taken[taker]
+        if min(end, stop) > max(start, begin):
+            yield giver, taker, min(end, stop) - max(start, begin)
+        giver, taker = (giver + 1, taker) if end <= stop else (giver, taker + 1)

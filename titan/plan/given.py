@@ -1,5 +1,6 @@
 """What a layout that somebody gives would take, without any search."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from titan.errors import ConfigError
@@ -54,13 +55,14 @@ def _batch_mistakes(costs: Costs, layout: Layout) -> Iterator[str]:
 def _device_mistakes(costs: Costs, layout: Layout) -> Iterator[str]:
     used: dict[str, int] = {}
     for stage in layout.positions:
-        kind = costs.fleet.kinds[costs.kind_of(stage)]
-        used[kind.name] = used.get(kind.name, 0) + len(stage.ranks)
-        if stage.tp > kind.devices_per_node:
-            yield (
-                f"stage {stage.index} has tp {stage.tp}, but a node of {kind.name} has {kind.devices_per_node} "
-                "devices; a tensor-parallel group stays on one node: use a smaller tp"
-            )
+        for name, replicas in Counter(costs.kinds_of(stage)).items():
+            kind = costs.fleet.kinds[name]
+            used[name] = used.get(name, 0) + replicas * stage.tp
+            if stage.tp > kind.devices_per_node:
+                yield (
+                    f"stage {stage.index} has tp {stage.tp}, but a node of {name} has {kind.devices_per_node} "
+                    "devices; a tensor-parallel group stays on one node: use a smaller tp"
+                )
     for name, number in used.items():
         if number > costs.fleet.kinds[name].devices:
             yield (

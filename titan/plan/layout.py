@@ -33,8 +33,8 @@ class Stage:
     """Parts of a micro-batch that each replica takes; empty for equal parts."""
     precision: str | None = None
     """Type of weights and activations; None for the role's."""
-    device: str | None = None
-    """Kind of device in the inventory; None for any."""
+    device: str | tuple[str, ...] | None = None
+    """Kind of device in the inventory, or one for each island; None for any."""
     islands: tuple[int, ...] = ()
     """Replicas in each island; empty for one island."""
     static_shapes: bool = False
@@ -44,6 +44,14 @@ class Stage:
     def ranks(self) -> range:
         """Ranks of the role's world that hold this stage; tensor rank runs fastest."""
         return range(self.first_rank, self.first_rank + self.tp * self.dp)
+
+    @property
+    def kinds(self) -> tuple[str | None, ...]:
+        """Kind of device of each replica; None for any."""
+        if not isinstance(self.device, tuple):
+            return (self.device,) * self.dp
+        sizes = self.islands or (self.dp,)
+        return tuple(kind for kind, size in zip(self.device, sizes, strict=True) for _ in range(size))
 
     def rank(self, replica: int, tensor: int) -> int:
         """World rank of one tensor rank of one replica."""
@@ -70,6 +78,11 @@ class Place:
     def stage(self) -> Stage:
         """The first of its stages; what describes ranks (tp, dp, shard, shares) is the same for all."""
         return self.stages[0]
+
+    @property
+    def device(self) -> str | None:
+        """Its kind of device; None for any."""
+        return self.stage.kinds[self.replica]
 
     @property
     def head_stage(self) -> Stage | None:
@@ -153,7 +166,7 @@ def make_layout(model: ModelSettings, settings: LayoutSettings) -> Layout:
                 static_shapes=of.static_shapes,
             )
         )
-    mixed = len({stage.device for stage in wanted}) > 1
+    mixed = len({kind for stage in wanted for kind in stage.kinds}) > 1
     transport = settings.transport if settings.transport != "auto" else ("host" if mixed else "direct")
     return Layout(
         tuple(stages), settings.num_micro_batches, settings.sequence_parallel, settings.recompute, settings.schedule,
@@ -177,5 +190,6 @@ def role_layouts(config: RunConfig) -> dict[str, Layout]:
 
 def replica_samples(count: int, shares: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """[start, end) of each replica's samples when `count` are split by integer shares, as near to them as can be."""
-    ends = [count * taken // sum(shares) for taken in itertools.accumulate(shares, initial=0)]
+    whole = sum(shares)
+    ends = [count * taken // whole for taken in itertools.accumulate(shares, initial=0)]
     return tuple(itertools.pairwise(ends))

@@ -1,6 +1,6 @@
 """What a block costs on a kind of device: looked up among measurements, or estimated from what the device reaches."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from titan.config.planning import BlockSettings, PeakSettings, ProfileSettings, ShapeSettings, TaskSettings
@@ -35,9 +35,19 @@ class Profile:
 
     task: TaskSettings
     settings: ProfileSettings
+    _known: dict[tuple[str, BlockKind, int, int], BlockCost] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """Blocks that were asked for: a search asks for the same ones again and again."""
 
     def block(self, kind: str, block: BlockKind, tp: int, samples: int) -> BlockCost:
         """One block for `samples` samples. Raises ConfigError where the profile has a hole."""
+        key = (kind, block, tp, samples)
+        if key not in self._known:
+            self._known[key] = self._block(*key)
+        return self._known[key]
+
+    def _block(self, kind: str, block: BlockKind, tp: int, samples: int) -> BlockCost:
         shape = self._measured_shape()
         entries = [] if shape is None else _entries(shape, kind, block, tp)
         peak = next((peak for peak in self.settings.peaks if peak.kind == kind), None)
@@ -58,6 +68,15 @@ class Profile:
             return True
         shape = self._measured_shape()
         return shape is not None and all(_entries(shape, kind, block, tp) for block in ("embedding", "layer", "head"))
+
+    def reaches(self, kind: str, tp: int, samples: int) -> bool:
+        """Whether times are known for so many samples, or for some larger number."""
+        if any(peak.kind == kind for peak in self.settings.peaks):
+            return True
+        shape = self._measured_shape()
+        blocks: tuple[BlockKind, ...] = ("embedding", "layer", "head")
+        of_each = [_entries(shape, kind, block, tp) for block in blocks] if shape is not None else [[]]
+        return all(entries and samples <= FARTHEST * entries[-1].samples for entries in of_each)
 
     def calibration(self, kind: str) -> float:
         """Measured over predicted time of passes."""

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from titan.errors import LabelError
 from titan.model.stage import StageModel, gradient_buffer
 from titan.ops.head import HeadResult, Objective, run_head
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws
@@ -28,6 +29,8 @@ class LabelWish:
     """Draw from the whole distribution, each draw on its own."""
     whole: bool = False
     """All log-probabilities."""
+    hidden: bool = False
+    """The last hidden states, and once a step the output weight, instead (titan.tasks.teacher_hidden)."""
     seed: int = 0
     """64 bits, of the run and the teacher's step: draws are a function of it, the sample's id and the position."""
 
@@ -86,7 +89,7 @@ def run_task_head(
     returns:    `grad_hidden_ND` reshaped like `hidden`; label rows run over (sample, position)
     """
     cut = module.config.sequence_parallel and shard.group is not None
-    whole = _whole_sequence(hidden, shard) if cut else hidden
+    whole = whole_sequence(hidden, shard) if cut else hidden
     steps, batch_size, width = whole.shape
     device = whole.device
     wish = wish or LabelWish()
@@ -123,10 +126,15 @@ def told(
     def on_device(array: np.ndarray, kind: type) -> Tensor:
         return _by_position(torch.from_numpy(array.astype(kind, copy=False)).to(device))
 
+    own = slice(shard.start, min(shard.start + shard.rows, shard.size))
     if labels.dense_BSV is not None:
-        own = slice(shard.start, min(shard.start + shard.rows, shard.size))
         logits_NV = on_device(np.ascontiguousarray(labels.dense_BSV[..., own]), np.float32)
         return DenseLabels(logits_NV=logits_NV * temperature)  # T log p_T: logits up to a constant a token
+    if labels.hidden_BSD is not None:
+        if labels.output_weight_VD is None:
+            raise LabelError("the labels of a step are hidden states without an output weight; restore the label log")
+        weight_VD = torch.from_numpy(labels.output_weight_VD[own]).to(device)
+        return DenseLabels(hidden_ND=on_device(labels.hidden_BSD, np.float32), weight_VD=weight_VD)
     entries = on_device(labels.ids_BSK, np.int64), on_device(labels.log_prob_BSK, np.float32)
     if labels.draw_ids_BSM is None or labels.draw_log_prob_BSM is None:
         return SparseLabels(*entries, labels.tail)
@@ -148,7 +156,7 @@ def _by_position(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(0, 1)
 
 
-def _whole_sequence(hidden: Tensor, shard: VocabShard) -> Tensor:
+def whole_sequence(hidden: Tensor, shard: VocabShard) -> Tensor:
     """Gather the slices of the sequence from the tensor ranks."""
     assert shard.group is not None
     parts = [torch.empty_like(hidden) for _ in range(shard.group.size())]

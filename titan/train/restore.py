@@ -1,5 +1,6 @@
 """Between a trainer and a checkpoint: its state as pieces, and back from any layout."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,8 +35,36 @@ def trainer_state(trainer: Trainer) -> dict[str, Any]:
     return {"optimizer_step": max(steps, default=0.0), "scaler": trainer.optimizer.scalar_state()}
 
 
+def start_from(trainer: Trainer, checkpoint: Checkpoint) -> None:
+    """Load weights alone, for a fresh optimizer. Raises CheckpointError for another model."""
+    _check_model(trainer, checkpoint)
+    _load(trainer, checkpoint, ("weight",))
+
+
 def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Load weights and optimizer state, whatever layout wrote them. Raises CheckpointError for another model."""
+    _check_model(trainer, checkpoint)
+    _load(trainer, checkpoint, ("weight", *MOMENTS))
+    with torch.no_grad():
+        for kept in trainer.optimizer.parameter_states():
+            kept.state["step"].fill_(checkpoint.state["optimizer_step"])
+    trainer.optimizer.load_scalar_state(checkpoint.state["scaler"])
+
+
+def _load(trainer: Trainer, checkpoint: Checkpoint, kinds: Sequence[str]) -> None:
+    place = trainer.world.place
+    with torch.no_grad():
+        for kept in trainer.optimizer.parameter_states():
+            spec = trainer.stage.specs[kept.name]
+            for kind in kinds:
+                target = kept.master if kind == "weight" else kept.state[kind]
+                whole = checkpoint.whole(kind, kept.name, spec)
+                part = spec.cut(whole, place.tensor, place.stage.tp).reshape(-1)[kept.start : kept.end]
+                target.view(-1).copy_(part)
+    trainer.optimizer.publish_masters()
+
+
+def _check_model(trainer: Trainer, checkpoint: Checkpoint) -> None:
     saved = checkpoint.manifest["model"] | {"vocab_size": checkpoint.manifest["vocab_size"]}
     own = trainer.settings.model.model_dump() | {"vocab_size": trainer.settings.vocab_size}
     if saved != own:
@@ -43,15 +72,3 @@ def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:
             f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]
         )
         raise CheckpointError(f"{checkpoint.folder} is of another model: {different}")
-    place = trainer.world.place
-    with torch.no_grad():
-        for kept in trainer.optimizer.parameter_states():
-            spec = trainer.stage.specs[kept.name]
-            targets = {"weight": kept.master, **{moment: kept.state[moment] for moment in MOMENTS}}
-            for kind, target in targets.items():
-                whole = checkpoint.whole(kind, kept.name, spec)
-                part = spec.cut(whole, place.tensor, place.stage.tp).reshape(-1)[kept.start : kept.end]
-                target.view(-1).copy_(part)
-            kept.state["step"].fill_(checkpoint.state["optimizer_step"])
-    trainer.optimizer.load_scalar_state(checkpoint.state["scaler"])
-    trainer.optimizer.publish_masters()

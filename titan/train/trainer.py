@@ -3,11 +3,14 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, Precision
+from titan.model.auxiliary import Auxiliary
+from titan.model.capture import Capture
 from titan.model.stage import rope_table
 from titan.ops.head import Objective
 from titan.ops.label import TeacherSays
@@ -20,6 +23,8 @@ from titan.plan.pace import Pace
 from titan.plan.schedule import Action, forward_only
 from titan.tasks.causal_lm import LabelWish, MicroBatch, make_micro_batch, run_task_head, vocab_shard
 from titan.tasks.sample_labels import SampleLabels
+from titan.tasks.teacher_hidden import TeacherHidden, teacher_hidden
+from titan.train.features import FeaturePass, FeatureTap
 from titan.train.optimizer import RoleOptimizer, learning_rate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +42,8 @@ class TrainerSettings:
     sequence_length: int
     batch_size: int
     seed: int
+    auxiliary: Auxiliary | None = None
+    """What a student has only while it is distilled."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ class LabelPart:
 
     start: int
     samples: int
-    says: TeacherSays
+    says: TeacherSays | TeacherHidden
 
 
 @dataclass
@@ -67,6 +74,8 @@ class StepResult:
     """Sums over all ranks of what each passed as `votes`."""
     tail_fit: tuple[float, float] = (0.0, 0.0)
     """What the draws of the labels told of the best `control` (titan.ops.head.HeadResult), over the whole batch."""
+    features: dict[str, float] = field(default_factory=dict)
+    """Losses of features by name, a token, over the whole batch."""
 
 
 class Trainer:
@@ -76,7 +85,9 @@ class Trainer:
         """pace: on a paced device, what its passes take"""
         self.world, self.settings, self.pace = world, settings, pace
         self.dtype = self._dtype_of(world.place.stage)
-        self.stage = build_stage(world, settings.model, settings.vocab_size, self.dtype, settings.seed)
+        self.stage = build_stage(
+            world, settings.model, settings.vocab_size, self.dtype, settings.seed, settings.auxiliary
+        )
         self.optimizer = RoleOptimizer(self.stage, settings.optimizer, self.dtype)
         self.executor = PipelineExecutor(world, self._dtype_of, pace)
         self.rope = rope_table(settings.model, settings.sequence_length, world.platform.device)
@@ -96,6 +107,7 @@ class Trainer:
         control: float = 1.0,
         votes: list[float] | None = None,
         on_labels: Callable[[list[LabelPart]], None] | None = None,
+        features: FeatureTap | None = None,
     ) -> StepResult:
         """One optimizer step on the whole batch.
 
@@ -107,6 +119,7 @@ class Trainer:
         votes:  summed over ranks on the way, so that all can agree on something at no cost
         on_labels: called with the labels this rank made, before the exchange that ends the step: once `step` returns
                 anywhere, it has returned from `on_labels` everywhere
+        features: what to do with those of a layer, None for nothing
         """
         begin = time.perf_counter()
         batches = self._micro_batches(tokens, np.ones(len(tokens)), labels, sample_ids)
@@ -125,12 +138,16 @@ class Trainer:
             sums.add_(torch.stack([result.cross_entropy, result.divergence]).cpu())
             if result.tail_fit is not None:
                 fit.add_(result.tail_fit.cpu())
-            if result.labels is not None and self.world.place.tensor == 0:
-                parts.append(LabelPart(first, len(batch.tokens_BS), result.labels))
+            says: TeacherSays | TeacherHidden | None = result.labels
+            if wish is not None and wish.hidden:
+                says = teacher_hidden(self.stage.module, hidden, self.shard, with_weight=first == 0)
+            if says is not None and self.world.place.tensor == 0:
+                parts.append(LabelPart(first, len(batch.tokens_BS), says))
             return result.grad_hidden_ND
 
+        feature_pass = None if features is None else self._feature_pass(features, grad_scale)
         self.optimizer.zero_gradients()
-        self._run(self.world.layout.actions(self.world.place.position), batches, head)
+        self._run(self.world.layout.actions(self.world.place.position), batches, head, feature_pass)
         passed = time.perf_counter()
         self.stage.reduce_gradients()
         norm = self.optimizer.step(learning_rate)
@@ -142,7 +159,10 @@ class Trainer:
         votes = votes or []
         busy_s = [0.0] * self.world.layout.num_ranks
         busy_s[self.world.place.rank] = sum(self.executor.seconds.values())
-        totals = self._total(torch.cat([sums, fit]), [*votes, *busy_s])
+        learned = {} if feature_pass is None else feature_pass.named_sums()
+        totals = self._total(torch.cat([sums, fit]), [*votes, *busy_s, *learned.values()])
+        busy_at = 4 + len(votes)
+        feature_at = busy_at + len(busy_s)
         return StepResult(
             cross_entropy=totals[0] / count,
             divergence=totals[1] / count,
@@ -150,9 +170,10 @@ class Trainer:
             learning_rate=learning_rate,
             tokens=count,
             seconds=time.perf_counter() - begin,
-            busy_s=totals[4 + len(votes) :],
-            votes=totals[4 : 4 + len(votes)],
+            busy_s=totals[busy_at:feature_at],
+            votes=totals[4:busy_at],
             tail_fit=(totals[2], totals[3]),
+            features={name: total / count for name, total in zip(learned, totals[feature_at:], strict=True)},
         )
 
     def evaluate(self, tokens: np.ndarray) -> float:
@@ -183,20 +204,36 @@ class Trainer:
         self._run(forward_only(self.world.layout.chunks, len(batches)), batches, head)
         return sums
 
-    def _run(self, schedule: Sequence[Action], batches: list[tuple[int, MicroBatch]], head: HeadStep) -> None:
+    def _feature_pass(self, tap: FeatureTap, scale: float) -> FeaturePass:
+        size = self.settings.batch_size // self.world.layout.micro_batches
+        place = self.world.place
+        return FeaturePass(tap, size, place.stage.samples(size)[place.replica][0], scale)
+
+    def _run(
+        self,
+        schedule: Sequence[Action],
+        batches: list[tuple[int, MicroBatch]],
+        head: HeadStep,
+        features: FeaturePass | None = None,
+    ) -> None:
         inputs: list[Tensors] = [{"rope": self.rope, "tokens": batch.tokens_BS} for _, batch in batches]
         samples = self.settings.batch_size // self.world.layout.micro_batches
         edge = EdgeSpec(samples, self.settings.sequence_length, {"hidden": (self.settings.model.hidden,)})
-        self.executor.run(schedule, self._run_chunk, inputs, edge, head)
+        self.executor.run(schedule, partial(self._run_chunk, features=features), inputs, edge, head)
 
-    def _run_chunk(self, inputs: Tensors, chunk: int) -> Tensors:
+    def _run_chunk(self, inputs: Tensors, chunk: int, features: FeaturePass | None) -> Tensors:
+        """The module on one micro-batch, and what is done with its features."""
+        outputs = self._own_samples(inputs, chunk, None if features is None else features.tap.capture)
+        return outputs if features is None else features.join(outputs, chunk)
+
+    def _own_samples(self, inputs: Tensors, chunk: int, capture: Capture | None) -> Tensors:
         """The module on one micro-batch; with static shapes on samples filled up with zeros, which are cut off again.
 
         Samples do not see each other and what is cut off gets no gradient, so loss and gradients stay what they are.
         """
         stage = self.world.place.stage
         if not stage.static_shapes:
-            return self.stage.module(inputs, chunk)  # type: ignore[no-any-return]
+            return self.stage.module(inputs, chunk, capture)  # type: ignore[no-any-return]
         shares = stage.samples(self.settings.batch_size // self.world.layout.micro_batches)
         most = max(end - start for start, end in shares)
         axes = {"tokens": 0, "hidden": 1}
@@ -204,7 +241,7 @@ class Trainer:
             name: _filled(tensor, axes[name], most) if name in axes else tensor for name, tensor in inputs.items()
         }
         start, end = shares[self.world.place.replica]
-        produced: Tensors = self.stage.module(filled, chunk)
+        produced: Tensors = self.stage.module(filled, chunk, capture)
         return {name: tensor[:, : end - start] for name, tensor in produced.items()}
 
     def _micro_batches(

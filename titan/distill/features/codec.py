@@ -88,7 +88,7 @@ def encode_features(labels: FeatureLabels, wire: WireType) -> bytes:
     return head + zlib.crc32(head).to_bytes(4, "little") + payload
 
 
-def decode_step(data: bytes) -> list[FeatureLabels]:
+def decode_step(data: bytes | memoryview) -> list[FeatureLabels]:
     """All blocks of a step, up to the rounding. Raises LabelError for what is damaged or too new."""
     memory, blocks, start = bytearray(data), [], 0
     while start < len(memory):

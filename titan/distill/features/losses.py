@@ -1,14 +1,11 @@
 """What a student's layer learns from its teacher's: a weighted sum of losses between features, in any layout."""
 
-import math
 from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan.config.settings import ModelSettings
-from titan.errors import ConfigError
 from titan.model.capture import FeatureName, Features
 from titan.ops.attention import Visibility
 from titan.ops.features.exchange import part_of, whole
@@ -115,23 +112,3 @@ def _hidden_loss(
     if name == "hint":
         return hint_loss(student, teacher if group is None else part_of(teacher, 0, group), projection_TD)
     return affinity_loss(student if group is None else whole(student, 0, group), teacher, visibility)
-
-
-def default_relation_heads(student: ModelSettings, teacher: ModelSettings) -> int:
-    """The most relation heads that are made of whole heads of both models, so that no rotary pair is torn apart."""
-    return math.gcd(student.heads, student.num_kv_heads, teacher.heads, teacher.num_kv_heads)
-
-
-def check_relation_heads(objective: FeatureObjective, student: ModelSettings, teacher: ModelSettings) -> None:
-    """Raise ConfigError where relation heads do not divide what they are cut from."""
-    count, names = objective.relation_heads, objective.weights()
-    for model, whose in ((student, "the student"), (teacher, "the teacher")):
-        width = model.hidden // model.heads
-        sizes = {"query": model.hidden, "key": model.num_kv_heads * width, "value": model.num_kv_heads * width}
-        for name in names:
-            size = sizes.get(name, model.hidden)
-            if name not in ("hint", "affinity") and (count < 1 or size % count):
-                raise ConfigError(
-                    f"relation_heads must divide the width {size} of the {name} relation of {whose}, got {count}; "
-                    f"try {default_relation_heads(student, teacher)}"
-                )

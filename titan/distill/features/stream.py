@@ -9,6 +9,7 @@ from pathlib import Path
 
 from titan.distill.features.codec import FeatureLabels, WireType, decode_step, encode_features, join
 from titan.distill.log.ring import FeatureRing, ring_path
+from titan.distill.service.client import FlightLabelReader
 from titan.errors import LabelError
 
 
@@ -75,3 +76,31 @@ class FeatureReader:
                 continue  # it is being replaced: its features are not there yet
         for part in [part for part in self.rings if not ring_path(self.folder, part).exists()]:
             self.rings.pop(part)[1].close()
+
+
+class FeatureClient:
+    """What `FeatureReader` is to a folder, this is to the label service that a student reads."""
+
+    def __init__(self, reader: FlightLabelReader):
+        self.reader = reader
+
+    def read(self, step: int, samples: int) -> FeatureLabels | None:
+        """Features of all samples of a committed step; None if they are gone, whole or in part. Never waits for them.
+
+        Parts are asked for until all samples are there: their number changes when a teacher gets another layout.
+        """
+        blocks: list[FeatureLabels] = []
+        for part in range(samples):
+            try:
+                payload = self.reader.features(step, part, wait_s=0.0)
+            except LabelError:
+                payload = None  # no such ring, for instance where the teacher has moved to another node
+            if payload is None:
+                return None
+            blocks += decode_step(payload)
+            if sum(block.samples for block in blocks) >= samples:
+                break
+        return join(blocks, samples)
+
+    def close(self) -> None:
+        """The connection is that of the labels."""

@@ -1,11 +1,14 @@
 """log.json: what a label log is, so that nobody learns from one that does not fit."""
 
+import hashlib
 import json
 import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from titan.config.settings import RunConfig
+from titan.data.corpus import Corpus
 from titan.errors import LabelError
 from titan.observe.files import write_whole
 
@@ -56,6 +59,25 @@ _WHY: dict[str, str] = {
 _OFFLINE = ("tokenizer_sha256", "vocab_size", "sequence_length")
 """All that a student of another run must agree on."""
 _FOLLOW = tuple(name for name in _WHY if name not in ("start_step", "batch_size"))
+
+
+def log_manifest(
+    config: RunConfig, corpus: Corpus, run_folder: Path, producer: str, start_step: int = 0
+) -> LogManifest:
+    """What a log of this run says of itself."""
+    own = run_folder / "config.toml"
+    return LogManifest(
+        run_id=hashlib.sha256(own.read_bytes()).hexdigest()[:16] if own.exists() else "",
+        producer=producer,
+        tokenizer_sha256=hashlib.sha256(corpus.tokenizer.path.read_bytes()).hexdigest(),
+        vocab_size=corpus.vocab_size,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        codec=config.labels.codec,
+        temperature=config.labels.temperature,
+        seed=config.run.seed,
+        start_step=start_step,
+    )
 
 
 def write_manifest(folder: Path, manifest: LogManifest) -> None:

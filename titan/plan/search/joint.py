@@ -20,7 +20,7 @@ from titan.plan.search.bound import combos
 from titan.plan.search.choices import problems
 from titan.plan.search.role import RolePlan, plan_role
 from titan.plan.search.settle import best_layout
-from titan.plan.search.work import work_bound_s
+from titan.plan.search.work import every_bound_s, kind_rates, work_bound_s
 
 MOST_SHARES = 48
 """Different numbers of devices by kind up to which every way to share them is tried."""
@@ -37,8 +37,8 @@ class JointPlan(Mapping[str, RolePlan]):
     """A plan for every role."""
 
     def __init__(self, roles: Mapping[str, RolePlan], bound_step_s: float):
-        """bound_step_s: no 1F1B layouts that share these devices have a slowest role that is faster; where a role is
-        interleaved, none under any schedule
+        """bound_step_s: no 1F1B layouts of stages of one kind that share these devices have a slowest role that is
+        faster; where a role is interleaved, none under any schedule; where one has mixed stages, none at all
         """
         self.roles, self.bound_step_s = dict(roles), bound_step_s
 
@@ -90,7 +90,9 @@ def plan_jointly(roles: Mapping[str, Costs], search: SearchSettings) -> JointPla
         shares = _by_pace(roles, search)
         bound_s = max(shared_bound_s(roles, search), *(lone_bound_s(costs, search) for costs in roles.values()))
     plans = {role: plan_role(_on(costs, shares[role]), search) for role, costs in roles.items()}
-    if any(plan.layout.schedule != "1f1b" for plan in plans.values()):  # those bounds are of 1F1B layouts only
+    if any(plan.mixed for plan in plans.values()):  # those bounds are of layouts with one kind a stage
+        bound_s = max(shared_bound_s(roles, search, mixed=True), *(every_bound_s(c, search) for c in roles.values()))
+    elif any(plan.layout.schedule != "1f1b" for plan in plans.values()):  # and of 1F1B layouts only
         lone_s = (work_bound_s(problems(costs, search)) for costs in roles.values())
         bound_s = max(shared_bound_s(roles, search), *lone_s)
     return JointPlan(plans, min(bound_s, max(plan.step_s for plan in plans.values())))
@@ -225,8 +227,14 @@ def _work(costs: Costs) -> float:
     return float(model.layers * model.hidden * (model.hidden + model.ffn))
 
 
-def _device_seconds(costs: Costs, search: SearchSettings) -> dict[str, float]:
-    """By kind: least device-seconds of all layers of a step, whatever the layout; infinite where nothing is known."""
+def _device_seconds(costs: Costs, search: SearchSettings, mixed: bool = False) -> dict[str, float]:
+    """By kind: least device-seconds of all layers of a step, whatever the layout; infinite where nothing is known.
+
+    mixed: whether stages may have replicas of several kinds, with any shares
+    """
+    if mixed:
+        work = costs.task.batch_size * costs.task.model.layers
+        return dict.fromkeys(costs.fleet.kinds, math.inf) | {k: work / r for k, r in kind_rates(costs, search).items()}
     least = dict.fromkeys(costs.fleet.kinds, math.inf)
     for problem in problems(costs, search):
         for kind, options in problem.options.items():
@@ -241,13 +249,13 @@ def _speeds(costs: Costs, search: SearchSettings) -> dict[str, float]:
     return {kind: 1.0 / seconds for kind, seconds in _device_seconds(costs, search).items()}
 
 
-def shared_bound_s(roles: Mapping[str, Costs], search: SearchSettings) -> float:
+def shared_bound_s(roles: Mapping[str, Costs], search: SearchSettings, mixed: bool = False) -> float:
     """No way to share the fleet has a slowest role faster than this, seconds.
 
     With w_rk the device-seconds of role r if all of it ran on kind k, and any prices p_k of a device-second: in a step
     of T the fleet has T sum p_k N_k to spend, and role r costs at least min_k p_k w_rk. The prices tried are 1 / w_rk.
     """
-    work = {role: _device_seconds(costs, search) for role, costs in roles.items()}
+    work = {role: _device_seconds(costs, search, mixed) for role, costs in roles.items()}
     kinds = next(iter(roles.values())).fleet.kinds
     best_s = 0.0
     for prices_of in work.values():

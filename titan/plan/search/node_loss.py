@@ -15,8 +15,9 @@ from titan.config.settings import LayoutSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
 from titan.plan.search.choices import problems
+from titan.plan.search.mixed import with_mixed
 from titan.plan.search.options import SearchProblem
-from titan.plan.search.role import RolePlan
+from titan.plan.search.role import NUM_MIXED, RolePlan
 from titan.plan.search.schedules import choose_schedule
 from titan.plan.search.settle import best_layout
 
@@ -84,6 +85,7 @@ def plans_after_node_loss(plan: RolePlan) -> Mapping[str, AfterLoss | None]:
         with suppress(ConfigError):  # fits nowhere
             best = best_layout(left, plan.search, _choices(plan, left, name))
             chosen = choose_schedule(left, plan.search, best.settings, best.prediction, best.others)
+            chosen, _ = with_mixed(left, plan.search, chosen, (best.settings, *best.others[:NUM_MIXED]))
             after[name] = AfterLoss(chosen.settings, chosen.prediction)
     return after
 

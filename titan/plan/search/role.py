@@ -15,14 +15,17 @@ from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import Layout, Stage
 from titan.plan.search.best import Found
 from titan.plan.search.choices import layout_settings, problems
+from titan.plan.search.mixed import with_mixed
 from titan.plan.search.options import SearchProblem
 from titan.plan.search.plain import uniform_pipelines
 from titan.plan.search.schedules import ScheduleChoice, choose_schedule
 from titan.plan.search.settle import Best, best_layout, find_layout, predict
-from titan.plan.search.work import work_bound_s
+from titan.plan.search.work import every_bound_s, work_bound_s
 
 GOAL_ALONE, MOST_COMBOS_ALONE = 0.03, 4
 """As in `titan.plan.search.settle`, for a kind alone, whose step is only told for comparison."""
+NUM_MIXED = 12
+"""Other good layouts from which mixed ones are looked for."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,10 @@ class RolePlan:
     """No 1F1B pipeline whose stages of a kind are alike takes less, seconds (titan/plan/search/bound.py)."""
     work_bound_s: float
     """No pipeline of such stages takes less, whatever the order of its passes (titan/plan/search/work.py)."""
+    every_bound_s: float
+    """No layout at all takes less, with replicas of several kinds and any shares among them."""
+    mixed: bool
+    """Whether the layout is none of those, but one of `titan.plan.search.mixed`."""
     uniform_step_s: float | None
     """Of the best layout with like stages of equally many layers on all devices; None if none fits."""
     best_single_kind_step_s: float | None
@@ -59,20 +66,23 @@ class RolePlan:
 
     @property
     def bound_step_s(self) -> float:
-        """No layout under the plan's own schedule takes less, seconds; for interleaved, none under any schedule."""
-        return min(self.step_s, self.pipeline_bound_s if self.layout.schedule == "1f1b" else self.work_bound_s)
+        """No layout with stages made alike by kind takes less under the plan's own schedule, seconds; for interleaved,
+        none under any schedule; for a mixed layout, no layout at all.
+        """
+        plain_s = self.pipeline_bound_s if self.layout.schedule == "1f1b" else self.work_bound_s
+        return min(self.step_s, self.every_bound_s if self.mixed else plain_s)
 
     @property
     def gap(self) -> float:
-        """How much longer than the best under the plan's own schedule a step is at most, relative."""
+        """How much longer a step is at most than the best of those that `bound_step_s` is of, relative."""
         return self.step_s / self.bound_step_s - 1.0
 
     @cached_property
     def devices(self) -> dict[str, int]:
         """Devices of each kind that the layout uses."""
         used = dict.fromkeys(self.costs.fleet.kinds, 0)
-        for stage in self.layout.positions:
-            used[self.costs.kind_of(stage)] += len(stage.ranks)
+        for kind in self.prediction.rank_kinds:
+            used[kind] += 1
         return used
 
     def to_json(self) -> dict[str, Any]:
@@ -86,34 +96,39 @@ class RolePlan:
             "schedule": self.layout.schedule,
             "chunks": self.layout.chunks,
             "schedules_step_s": dict(self.schedules_s),
+            "mixed": self.mixed,
             "bound_1f1b_step_s": self.pipeline_bound_s,
-            "bound_any_schedule_step_s": min(self.step_s, self.work_bound_s),
+            "bound_any_schedule_step_s": self.work_bound_s if self.mixed else min(self.step_s, self.work_bound_s),
+            "bound_any_layout_step_s": min(self.step_s, self.every_bound_s),
             "micro_batches": self.layout.micro_batches,
             "stages": [_stage_json(self.layout, stage) for stage in self.layout.stages],
-            "devices": devices_json(self.prediction),
+            "devices": devices_json(self.costs, self.prediction),
             "used": self.devices,
             "idle_share": list(self.prediction.timeline.idle_shares),
         }
 
 
-def devices_json(prediction: Prediction) -> list[dict[str, Any]]:
+def devices_json(costs: Costs, prediction: Prediction) -> list[dict[str, Any]]:
     """Memory of every rank against its limit."""
     return [
         {
             "rank": rank,
-            "kind": prediction.kinds[position],
+            "kind": kind,
             "stage": position,
-            "memory_bytes": round(prediction.memory[position].total),
-            "limit_bytes": round(prediction.limit_bytes[position]),
+            "memory_bytes": round(prediction.needs[position][kind].total),
+            "limit_bytes": round(costs.fleet.kinds[kind].memory_bytes),
         }
         for position, stage in enumerate(prediction.layout.positions)
         for rank in stage.ranks
+        for kind in (prediction.rank_kinds[rank],)
     ]
 
 
 def _stage_json(layout: Layout, stage: Stage) -> dict[str, Any]:
     names = ("index", "first_layer", "end_layer", "device", "tp", "dp", "shard", "has_embedding", "has_head")
-    return {name: getattr(stage, name) for name in names} | {"ranks": [stage.ranks.start, stage.ranks.stop]}
+    more = {"islands": list(stage.islands), "shares": list(stage.shares)} if stage.shares else {}
+    ranks = {"ranks": [stage.ranks.start, stage.ranks.stop]}
+    return {name: getattr(stage, name) for name in names} | more | ranks
 
 
 def plan_role(costs: Costs, search: SearchSettings) -> RolePlan:
@@ -137,6 +152,9 @@ def plan_role(costs: Costs, search: SearchSettings) -> RolePlan:
     )
     if single is not None and single.prediction.step_s < chosen.prediction.step_s:  # where too many were tried for it
         chosen = ScheduleChoice(single.settings, single.prediction, chosen.schedules_s | single.schedules_s)
+    single_kinds = (best.settings, *(each.settings for each in alone), *best.others[:NUM_MIXED])
+    every_s = every_bound_s(costs, search)
+    chosen, mixed = with_mixed(costs, search, chosen, single_kinds)
     return RolePlan(
         costs,
         search,
@@ -144,7 +162,9 @@ def plan_role(costs: Costs, search: SearchSettings) -> RolePlan:
         chosen.settings,
         chosen.prediction,
         best.bound_s,
-        work_bound_s(choices),
+        max(work_bound_s(choices), every_s),
+        every_s,
+        mixed,
         min((each.step_s for _, each in plain if not each.too_large), default=None),
         single.prediction.step_s if single is not None else None,
         chosen.schedules_s,

@@ -17,6 +17,7 @@ from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import Layout, make_layout
 from titan.plan.schedule import zero_bubble
 from titan.plan.search.choices import micro_batch_choices
+from titan.plan.search.shares import with_shares
 from titan.plan.timeline import timeline
 
 CHUNKS = (2, 3, 4)
@@ -88,20 +89,20 @@ def best_interleaved(costs: Costs, search: SearchSettings, layouts: Sequence[Lay
     for candidate in sorted(candidates, key=lambda each: each.least_s):
         if left <= 0 or (len(starts) >= NUM_STARTS and candidate.least_s >= min(each[1].step_s for each in starts)):
             break
-        found, left = _fastest(costs, [candidate], None, left)
+        found, left = fastest(costs, [candidate], None, left)
         starts += [found] if found is not None else []
     best = list[Tried]()
     for start in sorted(starts, key=lambda each: each[1].step_s)[:NUM_STARTS]:
         improved, before = start, None
         while improved is not before and left > 0:
             before = improved
-            changed, left = _fastest(costs, _moves(costs, before[0]), before, left)
+            changed, left = fastest(costs, _moves(costs, before[0]), before, left)
             improved = changed or before
         best.append(improved)
     return min(best, key=lambda each: each[1].step_s, default=None)
 
 
-def _fastest(costs: Costs, candidates: Iterable[Candidate], best: Tried | None, left: int) -> tuple[Tried | None, int]:
+def fastest(costs: Costs, candidates: Iterable[Candidate], best: Tried | None, left: int) -> tuple[Tried | None, int]:
     """(the fastest that fits of these and the best so far, passes that may still be tried)."""
     for candidate in sorted(candidates, key=lambda each: each.least_s):
         if left <= 0 or (best is not None and candidate.least_s >= best[1].step_s):
@@ -132,8 +133,9 @@ def _moves(costs: Costs, settings: LayoutSettings) -> Iterator[Candidate]:
 def fits(costs: Costs, layout: Layout) -> bool:
     """Whether every rank is within its memory; the first position, which holds most, is looked at first."""
     return all(
-        costs.memory_at(layout, position).total <= costs.fleet.kinds[costs.kind_of(stage)].memory_bytes
-        for position, stage in enumerate(layout.positions)
+        memory.total <= costs.fleet.kinds[kind].memory_bytes
+        for position in range(len(layout.positions))
+        for kind, memory in costs.memory_at(layout, position).items()
     )
 
 
@@ -179,7 +181,7 @@ def _candidates(costs: Costs, search: SearchSettings, settings: LayoutSettings) 
                 update={"stages": cut, "schedule": "interleaved", "chunks": chunks, "micro_batches": number}
             )
             with suppress(ConfigError):  # the profile does not know so few samples
-                yield _candidate(costs, changed)
+                yield _candidate(costs, with_shares(costs, changed))
 
 
 def _candidate(costs: Costs, settings: LayoutSettings) -> Candidate:

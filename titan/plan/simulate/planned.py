@@ -80,8 +80,16 @@ def _group(plan: RolePlan, after: AfterLoss | None, kind: str, given: dict[str, 
     of, used = plan.costs.fleet.kinds[kind], plan.devices[kind]
     nodes = math.ceil(used / of.devices_per_node)
     idle = of.devices // of.devices_per_node - nodes
+    # a replica with a part of the samples does that part of its layers' work
     layers = sum(
-        stage.end_layer - stage.first_layer for stage in plan.layout.stages if plan.costs.kind_of(stage) == kind
+        (stage.end_layer - stage.first_layer) * number / plan.prediction.micro_batch_samples
+        for stage in plan.layout.stages
+        for of, number in zip(
+            plan.costs.kinds_of(stage),
+            plan.prediction.samples_of(stage.index % len(plan.layout.positions)),
+            strict=True,
+        )
+        if of == kind
     )
     spare = given.get("spare_nodes", 0)
     return {

@@ -1,0 +1,99 @@
+"""A teacher's own label log: what its ranks append in a step, and the commit that makes the step readable.
+
+The teacher of a run has one, and so has a student that teaches others.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from titan.data.corpus import Corpus
+from titan.distill.codec.block import LabelBlock, encode_block
+from titan.distill.log.manifest import MANIFEST, check_manifest, log_manifest, write_manifest
+from titan.distill.log.reader import LabelReader
+from titan.distill.log.records import Commit
+from titan.distill.log.writer import CommitWriter, LabelWriter
+from titan.distill.rank import RankSpec
+from titan.distill.tap import label_wish, raw_labels
+from titan.parallel.world import World
+from titan.tasks.causal_lm import LabelWish
+from titan.train.trainer import LabelPart
+
+
+@dataclass(frozen=True)
+class TaughtBatch:
+    """The samples of a step that labels are made for."""
+
+    step: int
+    tokens_BS1: np.ndarray
+    sample_ids_B: np.ndarray
+
+
+class LabelPublisher:
+    """One rank's share of a label log; only ranks with the head and tensor rank 0 write.
+
+    The log was repaired before any rank started. Steps that were committed before are not written again.
+    """
+
+    def __init__(self, spec: RankSpec, world: World, corpus: Corpus, start_step: int):
+        """start_step: the log's first step is the one after this"""
+        self.config, self.vocab_size, self.dp = spec.config, corpus.vocab_size, world.place.stage.dp
+        self.labels: LabelWriter | None = None
+        self.commits: CommitWriter | None = None
+        place = world.place
+        if place.head_stage is None or place.tensor > 0:
+            return
+        folder = spec.own_label_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        reader = LabelReader(folder, timeout_s=0.0)
+        reader.poll()
+        committed = max(reader.last_committed, start_step)
+        reader.close()
+        self.labels = LabelWriter(folder, place.replica, committed)
+        if place.replica == 0:
+            wanted = log_manifest(spec.config, corpus, spec.run_folder, spec.role, start_step)
+            if (folder / MANIFEST).exists():
+                check_manifest(folder, wanted, "write")
+            else:
+                write_manifest(folder, wanted)
+            self.commits = CommitWriter(folder, committed)
+
+    def wish(self, step: int) -> LabelWish:
+        """What the head is asked for."""
+        return label_wish(self.config.labels, self.config.run.seed, step)
+
+    def append(self, batch: TaughtBatch, parts: Sequence[LabelPart]) -> None:
+        """Write this replica's labels of the step as one block a micro-batch, before the step's last exchange."""
+        if self.labels is None:
+            return
+        length = batch.tokens_BS1.shape[1] - 1
+        for part in parts:
+            samples = slice(part.start, part.start + part.samples)
+            block = LabelBlock(
+                step=batch.step,
+                first_sample=part.start,
+                sample_ids_B=batch.sample_ids_B[samples],
+                tokens_BS1=batch.tokens_BS1[samples],
+                labels=raw_labels(self.config.labels, part, length, batch.step),
+            )
+            data = encode_block(block, self.vocab_size, self.config.labels.bytes_per_token)
+            self.labels.append(batch.step, data, block.sample_ids_B.tolist())
+
+    def commit(self, batch: TaughtBatch, cross_entropy: float) -> None:
+        """Make the step readable, once every rank has appended its part."""
+        if self.commits is not None:
+            parts = tuple(range(self.dp))
+            self.commits.commit(Commit(batch.step, parts, len(batch.tokens_BS1), cross_entropy))
+
+    def make_durable(self) -> None:
+        """A checkpoint may not be ahead of the log: what it would repeat must be there for students."""
+        if self.labels is not None:
+            self.labels.make_durable()
+        if self.commits is not None:
+            self.commits.make_durable()
+
+    def end(self, reason: str) -> None:
+        """Say that no more steps will come."""
+        if self.commits is not None:
+            self.commits.end(reason)
