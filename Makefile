@@ -6,7 +6,7 @@ PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 KERNELS := setup.py $(shell find kernels/csrc -type f)
 
-.PHONY: install quickstart test test-fast lint gpu-smoke prove prove-quality docs bench bench-kernels bench-plan clean
+.PHONY: install quickstart test test-fast test-hosts chaos lint gpu-smoke prove prove-quality docs bench bench-kernels bench-plan clean
 
 install: $(READY)
 
@@ -28,10 +28,19 @@ quickstart: $(READY)
 	$(BIN)/titan run configs/quickstart.toml --overwrite
 
 test: $(READY)
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests -m "not hosts"
 
 test-fast: $(READY)
 	$(BIN)/pytest tests -m "not slow"
+
+# Real Slurm, mpirun, and hosts as network namespaces: needs root, and slurm-wlm, munge and iproute2 of Debian.
+test-hosts: $(READY)
+	$(BIN)/pytest tests -m hosts
+
+# Kills and hangs of students and label service in one run, against the same run undisturbed; then of the teacher too.
+chaos: $(READY)
+	$(BIN)/python -m tests.chaos --faults 50 --json benchmarks/results/chaos.json
+	$(BIN)/python -m tests.chaos --faults 30 --roles all --json benchmarks/results/chaos_all.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -59,9 +68,10 @@ bench: bench-kernels bench-plan
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape small
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape medium
 	$(BIN)/python -W ignore -m benchmarks.ray_overhead
+	$(BIN)/python -W ignore -m benchmarks.label_service
 
 # What takes longer than `make test`: every test, every benchmark, and what distillation gives over three seeds.
-prove: test bench
+prove: test test-hosts chaos bench
 	$(BIN)/python -W ignore -m benchmarks.distillation_gain
 
 # One teacher, its labels in every codec, 18 students: hours. Killed, it goes on when started again.

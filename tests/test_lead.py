@@ -40,6 +40,14 @@ def test_a_ramp_rises_linearly_to_its_weight_and_stays() -> None:
     assert weights[24] == pytest.approx(0.4) and weights[49] == weights[99] == 0.8
 
 
+def test_warm_up_stable_decay_rises_stays_and_falls_to_nothing() -> None:
+    wsd = DistillSettings(weight=0.5, schedule="wsd", ramp_fraction=0.1, decay_fraction=0.4)
+    weights = [distillation_weight(wsd, 5.0, step, 100) for step in range(1, 101)]
+    np.testing.assert_allclose(weights[:10], np.arange(1, 11) * 0.05)
+    assert set(weights[9:60]) == {0.5}
+    np.testing.assert_allclose(weights[60:], 0.5 * np.arange(39, -1, -1) / 40)
+
+
 @given(st.floats(-20, 20))
 def test_a_weight_by_lead_follows_it_between_nothing_and_the_whole(lead: float) -> None:
     by_lead = DistillSettings(weight=0.9, schedule="lead", full_lead=0.3)
@@ -54,6 +62,6 @@ def test_a_weight_by_lead_follows_it_between_nothing_and_the_whole(lead: float) 
 
 
 def test_a_control_never_looks_at_labels() -> None:
-    for schedule in ("lead", "constant", "ramp"):
+    for schedule in ("lead", "constant", "ramp", "wsd"):
         assert distillation_weight(DistillSettings(weight=0.0, schedule=schedule), 3.0, 9, 10) == 0.0
     assert math.isfinite(distillation_weight(DistillSettings(schedule="ramp"), 0.0, 1, 1))

@@ -66,6 +66,12 @@ def _student_mistakes(config: RunConfig) -> Iterator[str]:
         yield f"students.name {name!r} is used {names.count(name)} times; give every student a name of its own"
     for student in config.students:
         here = f"students.{student.name}"
+        distill = student.distill
+        if distill.schedule == "wsd" and distill.ramp_fraction + distill.decay_fraction > 1:
+            yield (
+                f"{here}.distill.ramp_fraction is {distill.ramp_fraction:g} and decay_fraction "
+                f"{distill.decay_fraction:g}, more than 1 in sum; make one smaller"
+            )
         if student.name == TEACHER:
             yield f"{here}.name is taken by the teacher; choose another"
         if student.teacher != TEACHER and student.teacher not in names:

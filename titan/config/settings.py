@@ -171,6 +171,9 @@ class LayoutSettings(Section):
     planned: bool = False
     """Let titan choose stages and micro-batches, for the devices of `cluster.inventory` by what `cluster.profile` says
     of them; what describes stages is then left out."""
+    mixed: bool = True
+    """With `planned`: whether a stage may have replicas of several kinds of devices, with unequal shares of the samples,
+    where that is faster. The teacher's counts for all roles that are planned."""
     micro_batches: PositiveInt | None = None
     """Micro-batches in a step; each is split over `dp`. The default is `2 * pp`, or 1 without a pipeline."""
     schedule: Literal["1f1b", "interleaved"] = "1f1b"
@@ -303,13 +306,16 @@ class DistillSettings(Section):
 
     weight: Fraction = 0.9
     """Largest value of a; 0 makes a control that learns from text alone."""
-    schedule: Literal["lead", "constant", "ramp"] = "lead"
+    schedule: Literal["lead", "constant", "ramp", "wsd"] = "lead"
     """`lead`: a = weight * min(1, lead / full_lead), lead being the student's smoothed loss minus the teacher's;
-    `constant`: a = weight; `ramp`: a rises linearly to weight over the first `ramp_fraction` of the student's steps."""
+    `constant`: a = weight; `ramp`: a rises linearly to weight over the first `ramp_fraction` of the student's steps;
+    `wsd` rises so too, stays, and falls to 0 over the last `decay_fraction`."""
     full_lead: PositiveFloat = 0.3
     """Lead, in nats a token, from which on the whole weight is used."""
     ramp_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Share of the student's steps over which `ramp` rises."""
+    """Share of the student's steps over which `ramp` and `wsd` rise."""
+    decay_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """Share of the student's steps over which `wsd` falls."""
     loss: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
     """The divergence D: KL(teacher || student), KL(student || teacher), the generalised Jensen-Shannon divergence, or
     the mean squared difference of log-probabilities. Only `forward_kl` is unbiased with labels that are not whole."""

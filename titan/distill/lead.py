@@ -36,6 +36,9 @@ def distillation_weight(settings: DistillSettings, lead: float, step: int, steps
     """
     if settings.schedule == "constant":
         return settings.weight
+    rise = min(1.0, step / (settings.ramp_fraction * steps))
     if settings.schedule == "ramp":
-        return settings.weight * min(1.0, step / (settings.ramp_fraction * steps))
+        return settings.weight * rise
+    if settings.schedule == "wsd":  # warm-up, stable, decay
+        return settings.weight * min(rise, (steps - step) / (settings.decay_fraction * steps))
     return settings.weight * min(1.0, max(0.0, lead / settings.full_lead))
