@@ -2,9 +2,9 @@
 
     python -m tests.chaos --faults 50 [--steps 1500] [--seed 1] [--roles students | all] [--json FILE]
 
-Students and the label service are killed (SIGKILL) and hung (SIGSTOP) at random moments; with `--roles all` the teacher
-too. In the end all weights must be those of the undisturbed run bit for bit, the audit clean, no process left. Where the
-teacher is left alone, its step times are compared as well.
+Students and the label service are killed (SIGKILL) and hung (SIGSTOP) at random moments; with `--roles all` the
+teacher too. In the end all weights must be those of the undisturbed run bit for bit, the audit clean, and no process
+left. Where the teacher is left alone, its step times are compared as well.
 """
 
 import argparse

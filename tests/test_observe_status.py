@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import re
 import socket
@@ -16,10 +17,11 @@ from rich.console import Console
 
 from titan.errors import RunError
 from titan.observe.events import EventLog
-from titan.observe.files import read_config
+from titan.observe.files import Record, read_config
 from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric
 from titan.observe.progress import waits
-from titan.observe.status import driver_lives, print_status, read_status
+from titan.observe.status import driver_lives, print_status, read_status, restart_lines
+from titan.observe.useful import goodput
 
 MODEL = "layers = 1\nhidden = 32\nheads = 2\nffn = 64\n"
 CONFIG = f"""
@@ -160,3 +162,28 @@ def test_waits_tells_only_of_students_that_start_later(tmp_path: Path) -> None:
 def test_events_are_json_lines_another_tool_can_read(tmp_path: Path) -> None:
     make_run(tmp_path)
     assert [json.loads(line)["event"] for line in (tmp_path / "events.jsonl").open()] == ["run_started"]
+
+
+def test_roles_that_started_again_are_named_with_how_long_it_took(tmp_path: Path) -> None:
+    events: list[Record] = [
+        {"event": "ranks_up", "seconds": 9.0},
+        {"event": "restarting", "role": "small", "from_step": 40},
+        {"event": "ranks_up", "role": "small", "seconds": 6.1},
+        {"event": "restarting", "role": "teacher", "from_step": 50},
+        {"event": "restarting", "role": "small", "from_step": 60},
+        {"event": "ranks_up", "role": "small", "seconds": 65.0},
+    ]
+    assert restart_lines(events) == [
+        "small: started again 2 times, the last from step 60, up after 1m05s",
+        "teacher: started again 1 time, the last from step 50, not up yet",
+    ]
+
+
+def test_goodput_counts_a_step_once_and_only_those_of_the_leading_role() -> None:
+    def step(role: str, number: int, time_s: float) -> StepMetric:
+        return StepMetric(role, number, time_s, 1.0, 1.0, 1.0, 0.1, 10, 2.0)
+
+    metrics = [step("teacher", 1, 100.0), step("small", 1, 101.0), step("teacher", 2, 104.0), step("teacher", 3, 110.0)]
+    assert goodput(metrics, since_s=102.0, wall_s=10.0) == pytest.approx(0.4)
+    assert goodput(metrics[1:2], since_s=0.0, wall_s=10.0) == pytest.approx(0.2)
+    assert math.isnan(goodput([], 0.0, 10.0))

@@ -1,5 +1,6 @@
 """Where a run stands, told from its folder alone: from another terminal, while it runs or long after."""
 
+import math
 import os
 import socket
 import time
@@ -17,6 +18,7 @@ from titan.observe.files import Record, read_config, require_run_folder
 from titan.observe.metrics import Metric, StepMetric, read_metrics
 from titan.observe.planned import Promise, promises
 from titan.observe.progress import QUIET_S, RoleProgress, plain_lines, progress_table, role_names, waits
+from titan.observe.useful import goodput
 
 State = Literal["not started", "running", "quiet", "finished", "stopped", "failed"]
 
@@ -44,6 +46,10 @@ class RunStatus:
     """Newest checkpoint of each role that has one: its step."""
     promises: tuple[Promise, ...] = ()
     """Predicted beside measured steps, where there was a prediction."""
+    restarts: tuple[str, ...] = ()
+    """Roles that started again since the run did, how often, and where they stand; one line each."""
+    goodput: float = math.nan
+    """Share of the wall time that went into steps that count."""
     stragglers: tuple[str, ...] = ()
     """Ranks that are slower than their kind of device should be, one line each."""
 
@@ -77,6 +83,8 @@ def read_status(folder: Path) -> RunStatus:
             if event["event"] == "checkpoint" and "role" in event and "step" in event
         },
         promises=tuple(promises(folder, this_part, metrics)),
+        restarts=tuple(restart_lines(this_part)),
+        goodput=goodput(metrics, start_s, end_s - start_s),
         stragglers=tuple(straggler_text(event) for event in this_part if event["event"] == "straggler"),
     )
 
@@ -85,7 +93,8 @@ def print_status(status: RunStatus, console: Console) -> None:
     """Print a status: a table on a terminal, aligned lines elsewhere."""
     headline = f"{status.name}: {status.state}" + (f", {status.detail}" if status.detail else "")
     if status.state != "not started":
-        headline += f"  ({words.duration(status.wall_s)})"
+        useful = "" if math.isnan(status.goodput) else f", goodput {status.goodput:.0%}"
+        headline += f"  ({words.duration(status.wall_s)}{useful})"
     console.print(headline, style="bold", markup=False, emoji=False, highlight=False, soft_wrap=True)
     quiet_s = {row.role: status.quiet_s for row in status.rows}
     if console.is_terminal and status.state != "not started":
@@ -96,7 +105,7 @@ def print_status(status: RunStatus, console: Console) -> None:
     if status.checkpoints:
         newest = ", ".join(f"{role} {step}" for role, step in status.checkpoints.items())
         console.print(f"newest checkpoints: {newest}", markup=False, highlight=False, soft_wrap=True)
-    for line in (*(promise.sentence for promise in status.promises), *status.stragglers):
+    for line in (*(promise.sentence for promise in status.promises), *status.restarts, *status.stragglers):
         console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
     if status.last_error:
         console.print(f"last error: {status.last_error}", markup=False, emoji=False, highlight=False, soft_wrap=True)
@@ -164,6 +173,20 @@ def role_rows(config: RunConfig, metrics: Sequence[Metric]) -> list[RoleProgress
         if metric.role in rows:
             rows[metric.role].add(metric)
     return list(rows.values())
+
+
+def restart_lines(events: Sequence[Record]) -> list[str]:
+    """`early: started again 2 times, the last from step 80, up after 6.1 s` for each role that failed."""
+    lines = []
+    for role in dict.fromkeys(str(event.get("role")) for event in events if event["event"] == "restarting"):
+        own = [event for event in events if event.get("role") == role]
+        again = [event for event in own if event["event"] == "restarting"]
+        after = own[own.index(again[-1]) :]
+        up = next((event for event in after if event["event"] == "ranks_up"), None)
+        how = f"up after {words.duration(float(up.get('seconds', 0)))}" if up else "not up yet"
+        times = words.plural(len(again), "time")
+        lines.append(f"{role}: started again {times}, the last from step {again[-1].get('from_step')}, {how}")
+    return lines
 
 
 def straggler_text(event: Record) -> str:

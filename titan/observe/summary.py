@@ -1,6 +1,7 @@
 """summary.json: what a run came to, in numbers that other programs read."""
 
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Literal
 
 from titan.config.settings import RunConfig, StudentSettings
 from titan.observe.files import Record, to_json, write_whole
+from titan.observe.metrics import read_metrics
+from titan.observe.useful import goodput
 
 FILE = "summary.json"
 RunEnd = Literal["finished", "stopped", "failed"]
@@ -49,6 +52,7 @@ def write_summary(
         "name": config.run.name,
         "status": status,
         "wall_s": round(wall_s, 3),
+        "goodput": goodput(read_metrics(folder), time.time() - wall_s, wall_s),
         "seed": config.run.seed,
         "steps": config.run.steps,
         "roles": {role: _role_record(role, result) for role, result in roles.items()},

@@ -1,0 +1,80 @@
+"""Layouts to fall back on, against every layout there is."""
+
+import itertools
+
+import pytest
+
+from titan.config.check_layout import layout_mistakes
+from titan.config.settings import DataSettings, LayoutSettings, ModelSettings, OptimizerSettings, Role
+from titan.plan.layout import make_layout
+from titan.plan.smaller import fits, largest_that_fits, smaller_layouts
+
+MODEL = ModelSettings(layers=4, hidden=64, heads=4, ffn=128)
+DATA = DataSettings(sources=("x",), batch_size=16)
+
+
+def role(**layout: object) -> Role:
+    return Role("teacher", "teacher", MODEL, LayoutSettings.model_validate(layout), OptimizerSettings(), "fp32")
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tp": 2, "pp": 2, "dp": 4},
+        {"tp": 4, "dp": 2, "shard": 2},
+        {"pp": 4, "schedule": "1f1b", "micro_batches": 4},
+        {"tp": 2, "sequence_parallel": True, "recompute": True},
+    ],
+)
+def test_all_of_them_are_valid_smaller_and_in_order(layout: dict[str, object]) -> None:
+    own = role(**layout)
+    found = smaller_layouts(own, DATA)
+    ranks = [each.ranks for each in found]
+    assert ranks == sorted(ranks, reverse=True) and ranks[-1] == 1
+    assert all(number < own.layout.ranks for number in ranks)
+    for each in found:
+        assert not list(layout_mistakes("", role(**each.model_dump(exclude_none=True)), DATA))
+        assert each.recompute == own.layout.recompute
+        assert each.num_micro_batches == own.layout.num_micro_batches
+        make_layout(MODEL, each)
+
+
+def test_replicas_go_first_then_stages_then_tensor_ranks() -> None:
+    found = [(each.tp, each.pp, each.dp) for each in smaller_layouts(role(tp=2, pp=2, dp=2), DATA)]
+    assert found == [(2, 2, 1), (2, 1, 2), (1, 2, 2), (2, 1, 1), (1, 2, 1), (1, 1, 2), (1, 1, 1)]
+
+
+def test_stages_one_by_one_become_alike() -> None:
+    stages = ({"layers": (3,), "dp": 2, "device": "fast"}, {"layers": (1,), "tp": 2, "device": "slow"})
+    found = smaller_layouts(role(stages=stages, micro_batches=4), DATA)
+    assert {each.num_micro_batches for each in found} == {4}
+    assert all(each.stages is None for each in found) and found[-1].ranks == 1
+
+
+def room_by_trying(sizes: list[int], slots: dict[str, int]) -> bool:
+    """Every way to put groups on nodes."""
+    for places in itertools.product(slots, repeat=len(sizes)):
+        left = dict(slots)
+        for size, place in zip(sizes, places, strict=True):
+            left[place] -= size
+        if min(left.values()) >= 0:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("slots", [{"a": 4}, {"a": 2, "b": 2}, {"a": 3, "b": 1}, {"a": 1, "b": 1}, {"a": 0, "b": 5}])
+def test_what_fits_has_a_place_for_every_tensor_group(slots: dict[str, int]) -> None:
+    for layout in ({"tp": 2, "pp": 2}, {"tp": 4}, {"dp": 4}, {"tp": 2, "dp": 2}, {"pp": 3}, {}):
+        made = make_layout(MODEL, role(**layout).layout)
+        sizes = [stage.tp for stage in made.positions for _ in range(stage.dp)]
+        assert fits(made, slots) == room_by_trying(sizes, slots), layout
+
+
+def test_the_largest_that_has_room_is_taken() -> None:
+    wanted = role(tp=2, dp=2)
+    assert largest_that_fits(wanted, DATA, {"a": 2, "b": 2}) == wanted.layout
+    lost = largest_that_fits(wanted, DATA, {"a": 2, "b": 1})
+    assert lost is not None and (lost.tp, lost.dp) == (2, 1)
+    scattered = largest_that_fits(wanted, DATA, {"a": 1, "b": 1})
+    assert scattered is not None and (scattered.tp, scattered.dp) == (1, 2)
+    assert largest_that_fits(wanted, DATA, {"a": 0}) is None
