@@ -4,7 +4,8 @@
 
 For each ratio the planned layout, equal layers on all devices, and the best layout of the fast pair alone are trained
 for some steps. The throughput of the plan stands beside its bound (1F1B: that of layer granularity and pipeline fill;
-interleaved: that of layer granularity alone), and that bound beside the sum of the devices' speeds.
+interleaved: that of layer granularity alone; stages on several kinds: that of every layout), and that bound beside the
+sum of the devices' speeds.
 Writes benchmarks/results/mixed_gain.json.
 """
 
@@ -39,7 +40,7 @@ FAST_LAYER_S = 0.010
 STEPS = 4
 SHARES: tuple[tuple[BlockKind, float], ...] = (("embedding", 0.02), ("layer", 1.0), ("head", 0.2))
 """Seconds of a block over those of a layer."""
-SEARCH = SearchSettings(tensor=(1,), replicas=(1, 2), micro_batches=(6, 8, 12, 24))
+SEARCH = SearchSettings(tensor=(1,), replicas=(1, 2), micro_batches=(1, 2, 3, 4, 6, 8, 12, 24))
 BAR = 0.90
 
 
@@ -102,12 +103,15 @@ def compare(ratio: float) -> dict[str, Any]:
     steps = {name: measured_s(on, settings) for name, on, settings in (
         ("planned", costs, plan.settings), ("uniform", costs, uniform), ("fast pair", fast, alone.settings),
     )}  # fmt: skip
+    number = len(plan.layout.positions)
     layers = [
-        f"{stage.end_layer - stage.first_layer} {stage.device}" + (f" x{stage.dp}" if stage.dp > 1 else "")
+        f"{stage.end_layer - stage.first_layer} on "
+        + " of ".join(reversed(plan.prediction.shared(stage.index % number)))
         for stage in plan.layout.stages
     ]
     row = {
         "layout": layers,
+        "mixed": plan.mixed,
         "schedule": plan.layout.schedule,
         "chunks": plan.layout.chunks,
         "micro_batches": plan.layout.micro_batches,

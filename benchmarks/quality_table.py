@@ -82,7 +82,8 @@ def show(result: dict[str, Any]) -> None:
     print(f"\n{'labels':14} {'bytes/token':>11}  {'held-out nats':>17}  {'gap closed':>10}  95 % interval")
     for name, row in result["arms"].items():
         low, high = row["gap_closed_interval"]
-        closed = "" if name in ("control", "full") else f"{row['gap_closed_mean']:10.1%}  {low:.1%} to {high:.1%}"
+        ends = name in ("control", "full") or result["gap_mean"] < SMALLEST_GAP
+        closed = "" if ends else f"{row['gap_closed_mean']:10.1%}  {low:.1%} to {high:.1%}"
         print(f"{name:14} {row['bytes_per_token']:11.1f}  {row['mean']:8.4f} ± {row['spread']:.4f}   {closed}")
     low, high = result["gap_interval"]
     print(f"{'teacher':14} {'':11}  {result['teacher']['heldout_nats']:8.4f}")

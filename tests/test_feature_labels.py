@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.label_nodes import label_node
 from tests.worlds import GQA
 from titan.distill.features.codec import (
     HEADER_BYTES,
@@ -20,9 +21,8 @@ from titan.distill.features.codec import (
     rows,
     step_bytes,
 )
-from titan.distill.features.losses import FeatureObjective, check_relation_heads, default_relation_heads
-from titan.distill.features.stream import FeatureReader, FeatureWriter
-from titan.errors import ConfigError, LabelError
+from titan.distill.features.stream import FeatureClient, FeatureReader, FeatureWriter
+from titan.errors import LabelError
 from titan.model.capture import Features
 
 LENGTH = 5
@@ -140,15 +140,24 @@ def test_a_reader_follows_a_teacher_that_begins_anew_with_fewer_replicas(tmp_pat
     reader.close()
 
 
-def test_relation_heads_must_divide_both_models() -> None:
-    student, teacher = GQA, GQA.model_copy(update={"hidden": 96, "heads": 6, "kv_heads": 6})
-    assert default_relation_heads(student, teacher) == 2
-    check_relation_heads(FeatureObjective(2, query=1.0, value=1.0), student, teacher)
-    check_relation_heads(FeatureObjective(5, hint=1.0), student, teacher)
-    check_relation_heads(FeatureObjective(32, query=1.0), student, teacher)
-    with pytest.raises(ConfigError, match="width 64 of the query relation of the student, got 3; try 2"):
-        check_relation_heads(FeatureObjective(3, query=1.0), student, teacher)
-    with pytest.raises(ConfigError, match="width 32 of the key relation of the student, got 64; try 2"):
-        check_relation_heads(FeatureObjective(64, key=1.0), student, teacher)
-    with pytest.raises(ConfigError, match="width 96 of the attention relation of the teacher, got 64"):
-        check_relation_heads(FeatureObjective(64, attention=1.0), student, teacher)
+def test_a_student_of_a_label_service_gets_what_one_on_the_teachers_node_gets(tmp_path: Path) -> None:
+    """From however many replicas the teacher has by now; what is gone, in whole or in part, is gone for both."""
+    with label_node(tmp_path) as node:
+        folder = node.labels / "teacher"
+        node.serve()
+        client, local = FeatureClient(node.reader()), FeatureReader(folder)
+        assert client.read(1, 4) is None, "nobody has begun to send"
+        for step, parts in enumerate((2, 4, 1), start=1):
+            for part in range(parts):
+                share = 4 // parts
+                size = step_bytes(1, share, LENGTH, 384)
+                FeatureWriter(folder, part, parts, 2, size, "bf16").write(step, [labels(part * share, share, step)])
+            for asked in (step, step - 1, step + 1):
+                got, want = client.read(asked, 4), local.read(asked, 4)
+                assert (got is None) == (want is None) == (asked != step)
+                if got is not None and want is not None:
+                    assert got.sample_ids_B.tolist() == want.sample_ids_B.tolist()
+                    assert all(torch.equal(got.tensors[name], tensor) for name, tensor in want.tensors.items())
+        FeatureWriter(folder, 1, 2, 2, size, "bf16").close()
+        FeatureWriter(folder, 0, 2, 2, size, "bf16").write(4, [labels(0, 2, 4)])
+        assert client.read(4, 4) is None, "a replica's part is missing"

@@ -128,8 +128,9 @@ def blocks_of(folder: Path, step: int) -> list[LabelBlock]:
     ids=lambda settings: settings.codec,
 )
 def test_from_the_same_float32_log_probabilities_every_bit_is_that_of_the_teachers_own_pass(
-    settings: LabelSettings, temperature: float
+    settings: LabelSettings, temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(recoding, "CHUNK_ELEMENTS", 20 * VOCAB)  # tokens are said in four pieces
     settings = settings.model_copy(update={"temperature": temperature})
     for step in (1, 9):
         hidden, weight = model(step)
@@ -178,6 +179,11 @@ def test_all_steps_samples_and_the_manifest_are_those_of_the_source(tmp_path: Pa
     tokens = 5 * SAMPLES * LENGTH
     assert 30 < sum(path.stat().st_size for path in segments_of(made.folder, 0)) / tokens < 30 + 9 / 8 * 2 + 9
     assert parts_of(made.folder) == [0]
+    reader = LabelReader(made.folder, 0.0)
+    commit = reader.wait_commit(5)
+    assert commit is not None and commit.parts == (0,)
+    assert reader.ended is not None and reader.ended.reason == "finished"
+    reader.close()
 
 
 def test_a_renormalised_label_has_the_entries_of_top_k_and_nothing_else(tmp_path: Path) -> None:

@@ -88,7 +88,30 @@ def test_the_schedule_is_chosen_unless_the_file_says_1f1b(tmp_path: Path) -> Non
     assert plain["step_s"] == auto["schedules_step_s"]["1f1b"]
     assert auto["bound_any_schedule_step_s"] == auto["bound_step_s"] <= auto["step_s"]
     said = titan("plan", "auto.toml", cwd=tmp_path).stdout
-    assert "no layout under any schedule takes less than" in said and "schedule interleaved in " in said
+    assert (
+        "no layout under any schedule with one kind of device a stage takes less than" in said
+        and "schedule interleaved in " in said
+    )
+
+
+def test_a_stage_on_two_kinds_is_shown_with_its_kinds_and_shares(tmp_path: Path) -> None:
+    one = PLAN.replace("layers = 16", "layers = 1").replace("tensor = [1, 2, 4]", "tensor = [4]")
+    (tmp_path / "one.toml").write_text(one)
+    found = json.loads(titan("plan", "one.toml", "--json", cwd=tmp_path).stdout)
+    (stage,) = found["stages"]
+    assert found["mixed"] and (stage["device"], stage["islands"]) == (["fast", "slow"], [2, 2])
+    fast, _, slow, _ = (share * found["samples"] // sum(stage["shares"]) for share in stage["shares"])
+    assert 2.5 < fast / slow < 3.5 and found["bound_step_s"] == found["bound_any_layout_step_s"]
+    said = titan("plan", "one.toml", cwd=tmp_path).stdout
+    assert "2 fast + 2 slow" in said and f" {fast} + {slow} " in said and "no layout at all takes less than" in said
+    (tmp_path / "one.toml").write_text(one.replace("tensor =", "mixed = false\ntensor ="))
+    alone = json.loads(titan("plan", "one.toml", "--json", cwd=tmp_path).stdout)
+    assert not alone["mixed"] and alone["step_s"] > 1.1 * found["step_s"]
+    kinds = '{ layers = 1, dp = 2, islands = [1, 1], device = ["fast", "gpu"] }'
+    (tmp_path / "wrong.toml").write_text(f"stages = [{kinds}]\n")
+    told = titan("plan", "one.toml", "--layout", "wrong.toml", cwd=tmp_path)
+    assert told.returncode != 0 and len(told.stderr.splitlines()) == 1
+    assert "stage 0 wants device 'gpu'; the inventory has fast, slow" in told.stderr
 
 
 def test_a_given_layout_is_evaluated_and_not_searched(place: Path) -> None:

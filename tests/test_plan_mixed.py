@@ -21,15 +21,16 @@ from titan.plan.given import evaluate_layout
 from titan.plan.layout import make_layout
 from titan.plan.memory import stage_parameters
 from titan.plan.search.joint import plan_jointly
-from titan.plan.search.mixed import least_s
+from titan.plan.search.mixed import Design, Mixer, Unit, least_s
 from titan.plan.search.node_loss import plans_after_node_loss
 from titan.plan.search.role import RolePlan, plan_role
+from titan.plan.search.schedules import best_interleaved
 from titan.plan.search.settle import predict
 from titan.plan.search.shares import water_filled, with_shares
 from titan.plan.search.work import every_bound_s
 
 SEARCH = SearchSettings(tensor=(1,))
-WITHIN = 1.03
+WITHIN = 1.02
 """How much slower than the best of all layouts a plan may be: 1 % is not worth a mixed stage, the rest is what the
 improvement misses."""
 
@@ -203,7 +204,9 @@ def test_edges_of_mixed_stages_go_over_each_pairs_own_network() -> None:
 
 def test_memory_is_counted_for_each_kind_of_a_stage() -> None:
     costs = two_and_one()
-    needs = predict(costs, LayoutSettings(stages=(mixed_stage(),), micro_batches=1)).needs[0]
+    alone = predict(costs, LayoutSettings(stages=(mixed_stage(),), micro_batches=1))
+    assert alone.layout.transport == "host", "the gradients of unlike devices meet on the host"
+    needs = alone.needs[0]
     assert needs["slow"].total < needs["fast"].total
     kinds = costs.fleet.kinds
     for kind, limit in (("fast", needs["fast"].total - 1), ("slow", needs["slow"].total - 1)):
@@ -262,11 +265,12 @@ def test_lost_nodes_and_several_roles_may_get_mixed_stages_too() -> None:
     for kind, then in after.items():
         anew = plan_role(replace(costs, fleet=costs.fleet.without({kind: 1})), SEARCH)
         assert then is not None and then.step_s == pytest.approx(anew.step_s, rel=0.02)
-    small = two_and_one()
-    roles = plan_jointly({"teacher": small, "student": small}, SEARCH)
-    assert roles.bound_step_s <= roles.step_s
-    both = plan_jointly({"teacher": costs, "student": costs}, SEARCH)
-    assert both.bound_step_s <= both.step_s
+    large = costs_of({"fast": 3, "slow": 2}, {"fast": 20.0, "slow": 15.0}, 1, 60, gb_per_s=100.0, hidden=256)
+    small = costs_of({"fast": 3, "slow": 2}, {"fast": 20.0, "slow": 15.0}, 1, 1, gb_per_s=100.0)
+    both = plan_jointly({"teacher": large, "student": small}, SEARCH)
+    assert both["teacher"].mixed and both["teacher"].devices["slow"] >= 1, "the device that nobody else can use"
+    assert sum(sum(plan.devices.values()) for plan in both.values()) <= 5
+    assert both.bound_step_s < both.step_s, "the bound of stages on one kind is above it"
 
 
 def test_one_kind_and_mixed_false_leave_the_search_as_it_was() -> None:
@@ -275,3 +279,25 @@ def test_one_kind_and_mixed_false_leave_the_search_as_it_was() -> None:
     told = plan_role(two_and_one(), SEARCH.model_copy(update={"mixed": False}))
     assert told.bound_step_s == min(told.step_s, told.pipeline_bound_s)
     assert told.every_bound_s <= told.work_bound_s
+
+
+def test_interleaved_mixed_stages_have_shares_of_their_own_micro_batches() -> None:
+    costs = two_and_one(layers=4, batch=60)
+    stages = (mixed_stage(2, dp=2, islands=(1, 1), shares=(2, 1)), StageSettings(layers=(2,), device="fast"))
+    for number in (4, 10, 12, 20):
+        search = SEARCH.model_copy(update={"micro_batches": (number,)})
+        found = best_interleaved(costs, search, [LayoutSettings(stages=stages, micro_batches=2)])
+        assert found is not None and found[0].micro_batches == number
+        assert found[0] == with_shares(costs, found[0])
+        assert every_bound_s(costs, search) <= found[1].step_s
+
+
+def test_neighbours_become_one_stage_on_all_their_devices() -> None:
+    mixer = Mixer(two_and_one(layers=4), SEARCH)
+    apart = Design((Unit(2, 1, (("fast", 2),)), Unit(2, 1, (("slow", 1),))), 2)
+    changes = set(mixer._changes(apart))
+    assert Design((Unit(4, 1, (("fast", 2), ("slow", 1))),), 2) in changes
+    assert Design((Unit(2, 1, (("fast", 1),)), Unit(2, 1, (("fast", 1), ("slow", 1)))), 2) in changes
+    together = Design((Unit(2, 1, (("fast", 1), ("slow", 1))),), 2)
+    assert Design((Unit(1, 1, (("slow", 1),)), Unit(1, 1, (("fast", 1),))), 2) in set(mixer._changes(together))
+    assert Design((Unit(2, 1, (("fast", 2), ("slow", 1))),), 2) in set(mixer._changes(together)), "an idle device"

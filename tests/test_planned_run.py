@@ -67,7 +67,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "profile.toml").write_text(teacher + student)
     text = TINY.format(text=folder / "text").partition("[[students]]")[0]
-    text = text.replace("layers = 2,", "layers = 6,").replace("layout = { tp = 2 }", "layout = { planned = true }")
+    text = text.replace("layers = 2,", "layers = 6,").replace(
+        "layout = { tp = 2 }", "layout = { planned = true, mixed = false }"
+    )
     text += """
 [[students]]
 name = "early"

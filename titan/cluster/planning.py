@@ -120,7 +120,7 @@ def _check_devices(config: RunConfig, fleet: Fleet) -> None:
 
 
 def _search(config: RunConfig) -> SearchSettings:
-    return SearchSettings(recompute=config.teacher.layout.recompute)
+    return SearchSettings(recompute=config.teacher.layout.recompute, mixed=config.teacher.layout.mixed)
 
 
 def _on_its_own(costs: Costs, role: str, config: RunConfig) -> Costs:
@@ -143,7 +143,7 @@ def _keeping(config: RunConfig, role: str, planned: LayoutSettings) -> LayoutSet
     """A planned layout with what a plan does not choose."""
     own = config.roles[role].layout
     return planned.model_copy(
-        update={key: getattr(own, key) for key in ("transport", "recompute", "sequence_parallel")}
+        update={key: getattr(own, key) for key in ("transport", "recompute", "sequence_parallel", "mixed")}
     )
 
 

@@ -172,7 +172,7 @@ class LayoutSettings(Section):
     """Let titan choose stages and micro-batches, for the devices of `cluster.inventory` by what `cluster.profile` says
     of them; what describes stages is then left out."""
     mixed: bool = True
-    """With `planned`: whether a stage may have replicas of several kinds of devices, with unequal shares of the samples,
+    """With `planned`: whether a stage may have replicas of several kinds of devices, with unequal shares of samples,
     where that is faster. The teacher's counts for all roles that are planned."""
     micro_batches: PositiveInt | None = None
     """Micro-batches in a step; each is split over `dp`. The default is `2 * pp`, or 1 without a pipeline."""

@@ -90,12 +90,29 @@ def plan_jointly(roles: Mapping[str, Costs], search: SearchSettings) -> JointPla
         shares = _by_pace(roles, search)
         bound_s = max(shared_bound_s(roles, search), *(lone_bound_s(costs, search) for costs in roles.values()))
     plans = {role: plan_role(_on(costs, shares[role]), search) for role, costs in roles.items()}
+    if search.mixed:
+        plans |= _with_idle(roles, search, shares, plans)
     if any(plan.mixed for plan in plans.values()):  # those bounds are of layouts with one kind a stage
         bound_s = max(shared_bound_s(roles, search, mixed=True), *(every_bound_s(c, search) for c in roles.values()))
     elif any(plan.layout.schedule != "1f1b" for plan in plans.values()):  # and of 1F1B layouts only
         lone_s = (work_bound_s(problems(costs, search)) for costs in roles.values())
         bound_s = max(shared_bound_s(roles, search), *lone_s)
     return JointPlan(plans, min(bound_s, max(plan.step_s for plan in plans.values())))
+
+
+def _with_idle(
+    roles: Mapping[str, Costs], search: SearchSettings, shares: Mapping[str, Mapping[str, int]],
+    plans: Mapping[str, RolePlan],
+) -> dict[str, RolePlan]:  # fmt: skip
+    """The slowest role with the devices that no role got, if that helps: they may serve on stages of several kinds."""
+    slowest = max(plans, key=lambda role: plans[role].step_s)
+    given = dict(shares[slowest])
+    for name, kind in roles[slowest].fleet.kinds.items():
+        given[name] = given.get(name, 0) + kind.devices - sum(share.get(name, 0) for share in shares.values())
+    if given == {name: shares[slowest].get(name, 0) for name in given}:
+        return {}
+    plan = plan_role(_on(roles[slowest], given), search)
+    return {slowest: plan} if plan.step_s < plans[slowest].step_s else {}
 
 
 def _on(costs: Costs, devices: Mapping[str, int]) -> Costs:

@@ -294,7 +294,7 @@ def with_mixed(
     if not search.mixed or len(costs.fleet.kinds) < 2:
         return chosen, False
     plain = Mixer(costs, search).best(others)
-    woven = best_interleaved(costs, search, [plain[0]]) if plain is not None else None
+    woven = best_interleaved(costs, search, [plain[0]], MOST_PASSES) if plain is not None else None
     schedules_s = dict(chosen.schedules_s)
     for name, found in (("1f1b", plain), ("interleaved", woven)):
         steps_s = [schedules_s[name], None if found is None else found[1].step_s]

@@ -101,6 +101,7 @@ class RolePlan:
             "bound_any_schedule_step_s": self.work_bound_s if self.mixed else min(self.step_s, self.work_bound_s),
             "bound_any_layout_step_s": min(self.step_s, self.every_bound_s),
             "micro_batches": self.layout.micro_batches,
+            "samples": self.prediction.micro_batch_samples,
             "stages": [_stage_json(self.layout, stage) for stage in self.layout.stages],
             "devices": devices_json(self.costs, self.prediction),
             "used": self.devices,

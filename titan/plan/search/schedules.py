@@ -77,7 +77,9 @@ def choose_schedule(
     return ScheduleChoice(settings, prediction, schedules_s)
 
 
-def best_interleaved(costs: Costs, search: SearchSettings, layouts: Sequence[LayoutSettings]) -> Tried | None:
+def best_interleaved(
+    costs: Costs, search: SearchSettings, layouts: Sequence[LayoutSettings], most_passes: int = MOST_PASSES
+) -> Tried | None:
     """The fastest that is found with the stages of these layouts; None where none can be or fits.
 
     The first few that fit are improved: a layer goes from one chunk to another, as long as that helps.
@@ -85,7 +87,7 @@ def best_interleaved(costs: Costs, search: SearchSettings, layouts: Sequence[Lay
     stages = dict.fromkeys(settings.stages or () for settings in layouts)
     first = layouts[0]
     candidates = [each for of in stages for each in _candidates(costs, search, first.model_copy(update={"stages": of}))]
-    left, starts = MOST_PASSES, list[Tried]()
+    left, starts = most_passes, list[Tried]()
     for candidate in sorted(candidates, key=lambda each: each.least_s):
         if left <= 0 or (len(starts) >= NUM_STARTS and candidate.least_s >= min(each[1].step_s for each in starts)):
             break
