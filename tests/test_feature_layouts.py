@@ -220,9 +220,9 @@ def test_a_gradient_is_that_of_the_text_and_of_the_weighted_mean_losses(taught: 
     (answers,) = run_world(ALONE, gradients, taught["alone"] / str(TAUGHT_LAYER))
     for name, both in answers["both"].items():
         by_hand = answers["hand"][name]
-        np.testing.assert_allclose(both, answers["text"][name] + by_hand, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(both, answers["text"][name] + by_hand, rtol=1e-4, atol=1e-7, err_msg=name)
         if name.startswith(("layers.0", "layers.1.self_attention.linear_qkv", "auxiliary")):
-            assert np.abs(by_hand).max() > 1e-4, f"{name}: features say something here"
+            assert np.abs(by_hand).max() > 1e-5, f"{name}: features say something here"
 
 
 @dataclass

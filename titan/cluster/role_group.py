@@ -172,7 +172,8 @@ class RoleGroup:
 
     def _enter(self, phase: Phase, calls: list[Any]) -> None:
         self.phase, self.pending = phase, calls
-        self._asked.clear()
+        now = time.monotonic()
+        self._asked = {rank: (ref, now) for rank, (ref, _) in self._asked.items()}  # each phase has a limit of its own
 
     def _late(self, missing: int) -> PlatformError:
         what = {

@@ -238,7 +238,7 @@ class Supervisor:
             self._show_starting()
             if self.state is State.DRAIN:
                 group.request_stop()
-        elif group.is_paused and self.state is State.RUN:
+        elif group.is_paused:
             self._pass_on(group, group.last_news())
             group.kill()
             self._start_again(group, self.tidy(group.role), time.monotonic())
