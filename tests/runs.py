@@ -95,6 +95,7 @@ def wait_for_step(folder: Path, role: str, step: int, process: subprocess.Popen[
             if record["role"] == role and record["step"] >= step:
                 return
         time.sleep(0.05)
+    kill_tree(process.pid)
     raise AssertionError(f"{role} did not reach step {step} in {timeout_s} s")
 
 
@@ -109,6 +110,7 @@ def wait_for_events(
         if (folder / "events.jsonl").exists() and (sum(one["event"] == event for one in read_events(folder)) >= count):
             return
         time.sleep(0.05)
+    kill_tree(process.pid)
     raise AssertionError(f"no {event} number {count} in {timeout_s} s")
 
 

@@ -74,7 +74,7 @@ class Case:
 
 ALL_LOSSES = Case(
     1,
-    FeatureObjective(2, query=0.5, key=0.4, value=0.3, attention=1.0, attention_map=2.0, hint=0.05, affinity=0.7),
+    FeatureObjective(2, query=0.5, key=0.4, value=0.3, attention=1.0, attention_map=2.0, hint=5.0, affinity=0.7),
     Auxiliary(hint_layer=1, hint_width=TEACHER.hidden),
 )
 OTHER_CASES = {

@@ -59,11 +59,11 @@ def test_students_learn_from_features_across_a_kill(run: Path) -> None:
     assert "features_missed" not in roles["teacher"]
     for name, losses in LOSSES.items():
         steps = [metric for metric in read_metrics(run) if isinstance(metric, StepMetric) and metric.role == name]
-        assert [metric.step for metric in steps] == list(range(START + 1, STEPS + 1))
-        told = [{loss for loss in vars(metric) if loss.endswith("_loss")} for metric in steps]
-        assert told
         with_features = [metric for metric in steps if getattr(metric, min(losses)) is not None]
-        assert len(with_features) + roles[name]["features_missed"] == len(steps) and len(with_features) > len(steps) / 2
+        made, missed = roles[name]["steps"], roles[name]["features_missed"]
+        assert made == STEPS - START and missed < made / 2
+        # the kill may have taken the lines of steps that a checkpoint had just saved
+        assert len(steps) - len(with_features) <= missed <= made - len(with_features)
         for loss in losses:
             values = [getattr(metric, loss) for metric in with_features]
             assert sum(values[-5:]) < 0.8 * sum(values[:5]), (name, loss, values)

@@ -89,11 +89,11 @@ def _student_mistakes(config: RunConfig) -> Iterator[str]:
 
 def _circle(student: StudentSettings, config: RunConfig) -> list[str]:
     """Names from a student by its teachers back to itself; [] if the way ends with the teacher."""
-    teacher_of = {other.name: other.teacher for other in config.students}
+    teacher_of = {other.name: other.teacher for other in config.students if other.name != TEACHER}
     chain = [student.name]
     while (name := teacher_of.get(chain[-1])) is not None and name not in chain:
         chain.append(name)
-    return [*chain, student.name] if name == student.name else []
+    return [*chain, student.name] if name == student.name != TEACHER else []
 
 
 def _is_default(section: Section, name: str) -> bool:
