@@ -6,7 +6,7 @@ PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 KERNELS := setup.py $(shell find kernels/csrc -type f)
 
-.PHONY: install quickstart test test-fast test-hosts chaos lint gpu-smoke prove prove-quality docs bench bench-kernels bench-plan clean
+.PHONY: install quickstart test test-fast test-long chaos lint gpu-smoke prove prove-quality docs bench bench-kernels bench-plan clean
 
 install: $(READY)
 
@@ -28,14 +28,15 @@ quickstart: $(READY)
 	$(BIN)/titan run configs/quickstart.toml --overwrite
 
 test: $(READY)
-	$(BIN)/pytest tests -m "not hosts"
+	$(BIN)/pytest tests -m "not long"
 
 test-fast: $(READY)
 	$(BIN)/pytest tests -m "not slow"
 
-# Real Slurm, mpirun, and hosts as network namespaces: needs root, and slurm-wlm, munge and iproute2 of Debian.
-test-hosts: $(READY)
-	$(BIN)/pytest tests -m hosts
+# Real Slurm, mpirun, hosts as network namespaces, lost hosts, chaos. Needs root, and slurm-wlm, munge and iproute2 of
+# Debian; what is not there is skipped and says so.
+test-long: $(READY)
+	$(BIN)/pytest tests -m long
 
 # Kills and hangs of students and label service in one run, against the same run undisturbed; then of the teacher too.
 chaos: $(READY)
@@ -71,7 +72,7 @@ bench: bench-kernels bench-plan
 	$(BIN)/python -W ignore -m benchmarks.label_service
 
 # What takes longer than `make test`: every test, every benchmark, and what distillation gives over three seeds.
-prove: test test-hosts chaos bench
+prove: test test-long chaos bench
 	$(BIN)/python -W ignore -m benchmarks.distillation_gain
 
 # One teacher, its labels in every codec, 18 students: hours. Killed, it goes on when started again.

@@ -6,7 +6,7 @@ import pytest
 
 from tests.chaos import SERVICE, STUDENTS, chaos
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 
 def test_kills_and_hangs_of_students_and_service_change_nothing(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 from tests.runs import titan, weights, write_tiny_config
 from titan.observe.metrics import StepMetric, read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 LAYOUT = ("--set", "teacher.layout.tp=2", "--set", "teacher.layout.dp=2")
 
 

@@ -12,7 +12,7 @@ from tests.hosts.namespaces import Host, hosts, require_namespaces
 from tests.hosts.ray_hosts import start_ray
 from tests.runs import titan, write_tiny_config
 
-pytestmark = [pytest.mark.slow, pytest.mark.hosts, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[1]
 TIMEOUT_S = 240.0
 STAGES = """layout = {{ stages = [{{ layers = 1, device = "a" }}, {{ layers = 1, device = "b" }}] }}"""

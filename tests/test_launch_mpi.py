@@ -20,7 +20,7 @@ RANKS = 3
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.hosts,
+    pytest.mark.long,
     pytest.mark.skipif(not MPIRUN.exists(), reason="no mpirun: pip install '.[mpi]'"),
 ]
 

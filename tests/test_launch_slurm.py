@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch/slurm.sh"
 NODES = 3
 
-pytestmark = [pytest.mark.slow, pytest.mark.hosts, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from tests.runs import kill_tree, processes_under, start_titan, titan, wait_for_
 from titan.observe.events import read_events
 from titan.observe.metrics import StepMetric, read_metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.hosts, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(500)]
 STEPS = 500
 MEMORY = 80 << 20
 
