@@ -115,5 +115,6 @@ def test_a_log_of_a_later_format_is_refused(workplace: Path) -> None:
     found = json.loads(path.read_text())
     found.pop("crc32")
     path.write_bytes(_encode(found | {"format_version": 99}))
-    result = titan("run", "late.toml", "--set", "teacher.source=log:labels/teacher", cwd=workplace)
+    overrides = ("--set", "run.name=newer", "--set", "teacher.source=log:labels/teacher")
+    result = titan("run", "late.toml", *overrides, cwd=workplace)
     assert result.returncode == 1 and "format version 99" in result.stderr, result.stderr
