@@ -279,7 +279,7 @@ def test_a_profile_gets_the_links_of_a_cluster_and_the_planner_goes_by_them(clus
     with pytest.raises(ConfigError, match="no link between fast and slow"):
         plan_role(Costs(settings.task, make_fleet(inventory), Profile(settings.task, profile)), settings.search)
     costs = Costs(settings.task, make_fleet(inventory, profile.links), Profile(settings.task, profile))
-    plan = plan_role(costs, settings.search)
+    plan = plan_role(costs, settings.search.model_copy(update={"mixed": False}))  # two stages, a link between them
     assert plan.devices == {"fast": 1, "slow": 1}
     moved = settings.task.batch_size // plan.layout.micro_batches * 128 * 256 * 4
     assert plan.prediction.times[0].to_next_s == pytest.approx(link.latency_s + moved / (link.gb_per_s * 1e9))
