@@ -94,6 +94,7 @@ def test_students_join_a_teacher_that_still_trains(workplace: Path) -> None:
         (["labels.temperature=2.0"], "labels.temperature is 2, the log's is 1"),
         (["data.sequence_length=16"], "its samples have another length"),
         (["data.vocab_size=400"], "its token ids are those of another tokenizer"),
+        (["students.early.distill.loss=jsd"], "students.early.distill.loss is 'jsd', the log's labels are 'sampled'"),
         (["students.early.start.now=true"], "students.early.start has step (5) and now (True); keep one"),
     ],
 )

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+from titan.config.check import would_bias
 from titan.config.settings import TEACHER, RunConfig
 from titan.data.corpus import Corpus
-from titan.distill.log.manifest import MANIFEST, LogManifest, check_manifest, log_manifest, write_manifest
+from titan.distill.log.manifest import MANIFEST, check_manifest, log_manifest, sign_log
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.records import FINISHED
 from titan.errors import ConfigError, LabelError
@@ -17,7 +18,9 @@ def provide_labels(config: RunConfig, corpus: Corpus, folder: Path) -> None:
     """
     here = folder / "labels" / TEACHER
     if config.teacher.log is None:
-        _sign(here, log_manifest(config, corpus, folder, TEACHER))
+        if here.is_symlink():
+            raise LabelError(f"{here} is another run's log; start a new run to train a teacher")
+        sign_log(here, log_manifest(config, corpus, folder, TEACHER))
         return
     source = find_log(config, corpus)
     here.parent.mkdir(exist_ok=True)
@@ -47,7 +50,7 @@ def find_log(config: RunConfig, corpus: Corpus) -> Path:
         mistakes.append(f"labels.temperature is {config.labels.temperature:g}, the log's is {found.temperature:g}")
     for student in config.students:
         loss = student.distill.loss
-        if loss != "forward_kl" and (found.codec == "random" or (found.codec == "sampled" and loss != "mse")):
+        if would_bias(loss, found.codec):
             mistakes.append(f"students.{student.name}.distill.loss is {loss!r}, the log's labels are {found.codec!r}")
     reader = LabelReader(folder, timeout_s=0.0)
     reader.poll()
@@ -59,13 +62,3 @@ def find_log(config: RunConfig, corpus: Corpus) -> Path:
             "\n".join(f"{mistake} ({folder}); set it to fit, or name another log" for mistake in mistakes)
         )
     return folder.resolve()
-
-
-def _sign(folder: Path, wanted: LogManifest) -> None:
-    """Say in the label log what it is, or check that it is this run's. Raises LabelError if it is not."""
-    if folder.is_symlink():
-        raise LabelError(f"{folder} is another run's log; start a new run to train a teacher")
-    if (folder / MANIFEST).exists():
-        check_manifest(folder, wanted, "write")
-    else:
-        write_manifest(folder, wanted)

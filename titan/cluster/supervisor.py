@@ -86,7 +86,7 @@ class Supervisor:
         self.groups: dict[str, RoleGroup] = {}
         self.service: ServiceKeeper | None = None
         if self.config.serves_labels:
-            local = self.config.cluster.address in (None, "local")
+            local = self.config.cluster.address is None
             self.service = ServiceKeeper(run_folder, events, LOCALHOST if local else None)
         self.recovering: dict[str, float] = {}
         """Roles that failed and have made no step since, and when that was noticed."""
@@ -199,7 +199,8 @@ class Supervisor:
                 except RoleLostError as lost:
                     self._recover(group, group.cause(lost.errors), noticed)
                 except PlatformError as late:
-                    self._recover(group, Failure(str(late), passes=True, fields={"role": group.role}), noticed)
+                    again = group.phase is not Phase.ROOM  # recovery.wait_s has been waited already
+                    self._recover(group, Failure(str(late), again, {"role": group.role}), noticed)
             self.display.refresh()
             if self.signals and self.state is State.RUN:
                 self.state = State.DRAIN

@@ -33,13 +33,8 @@ def local_token() -> Iterator[None]:
     try:
         with os.fdopen(handle, "w") as file:
             file.write(secrets.token_hex(32))
-        before = set_ray_auth("token", path)
-        _read_again()
-        try:
+        with _auth("token", path):
             yield
-        finally:
-            restore_variables(before)
-            _read_again()
     finally:
         with suppress(FileNotFoundError):
             os.unlink(path)
@@ -57,7 +52,14 @@ def joining_token(address: str) -> Iterator[None]:
     mode = ray_auth_mode()
     if mode is None:
         mode = "disabled" if ask(address, None) == "welcome" else "token"
-    before = set_ray_auth(mode)
+    with _auth(mode):
+        yield
+
+
+@contextmanager
+def _auth(mode: str, token_file: str | None = None) -> Iterator[None]:
+    """Ray's authentication inside; Ray itself reads the variables once, unless it is told to read them again."""
+    before = set_ray_auth(mode, token_file)
     _read_again()
     try:
         yield

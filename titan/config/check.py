@@ -106,6 +106,11 @@ def _has_head(config: RunConfig) -> bool:
     return config.labels.codec in ("sampled", "top_k")
 
 
+def would_bias(loss: str, codec: str) -> bool:
+    """Whether labels of a codec are drawn in a way that a loss cannot correct for."""
+    return loss != "forward_kl" and (codec == "random" or (codec == "sampled" and loss != "mse"))
+
+
 def _label_mistakes(config: RunConfig) -> Iterator[str]:
     if (
         config.students
@@ -118,10 +123,9 @@ def _label_mistakes(config: RunConfig) -> Iterator[str]:
             "a few dozen are enough"
         )
 
-    for student in config.students:
+    for student in config.students if config.teacher.log is None else ():  # of a log its own codec counts
         loss, codec = student.distill.loss, config.labels.codec
-        drawn = codec == "random" or (codec == "sampled" and loss != "mse")
-        if loss != "forward_kl" and drawn:
+        if would_bias(loss, codec):
             yield (
                 f"students.{student.name}.distill.loss is {loss!r}, which drawn labels (labels.codec {codec!r}) would "
                 "bias; set labels.codec to 'top_k' or 'full', or the loss to 'forward_kl'"

@@ -488,7 +488,7 @@ class RunConfig(Section):
     def serves_labels(self) -> bool:
         """Whether students of this run get their labels from a label service."""
         delivery = self.labels.delivery
-        joined = self.cluster.address not in (None, "local")
+        joined = self.cluster.address is not None
         return self.makes_labels and bool(self.students) and (delivery == "service" or (delivery == "auto" and joined))
 
     @property

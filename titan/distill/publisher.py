@@ -10,7 +10,7 @@ import numpy as np
 
 from titan.data.corpus import Corpus
 from titan.distill.codec.block import LabelBlock, encode_block
-from titan.distill.log.manifest import MANIFEST, check_manifest, log_manifest, write_manifest
+from titan.distill.log.manifest import log_manifest, sign_log
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.records import Commit
 from titan.distill.log.writer import CommitWriter, LabelWriter
@@ -52,11 +52,7 @@ class LabelPublisher:
         reader.close()
         self.labels = LabelWriter(folder, place.replica, committed)
         if place.replica == 0:
-            wanted = log_manifest(spec.config, corpus, spec.run_folder, spec.role, start_step)
-            if (folder / MANIFEST).exists():
-                check_manifest(folder, wanted, "write")
-            else:
-                write_manifest(folder, wanted)
+            sign_log(folder, log_manifest(spec.config, corpus, spec.run_folder, spec.role, start_step))
             self.commits = CommitWriter(folder, committed)
 
     def wish(self, step: int) -> LabelWish:

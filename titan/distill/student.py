@@ -27,7 +27,7 @@ from titan.platform.device import Platform
 from titan.tasks.sample_labels import SampleLabels
 
 LOOK_S = 0.1
-COUNTS = ("consumed", "skipped", "missed", "repeated", "max_lag", "label_bytes", "label_tokens", "features_missed")
+COUNTS = ("consumed", "skipped", "repeated", "max_lag", "label_bytes", "label_tokens", "features_missed")
 Reader = LabelReader | FlightLabelReader
 
 
@@ -41,7 +41,7 @@ class StudentRank(RoleRank):
         self.control = ControlTracker()
         self.start_step: int | None = None
         """Teacher step after which the student started; None before."""
-        self.consumed, self.skipped, self.missed, self.repeated, self.max_lag = 0, 0, 0, 0, 0
+        self.consumed, self.skipped, self.repeated, self.max_lag = 0, 0, 0, 0
         self.label_bytes, self.label_tokens = 0, 0
         self.features_missed = 0
         """Steps learned without features that were asked for, because they were gone."""
@@ -262,7 +262,6 @@ class StudentRank(RoleRank):
         samples = sum(len(block.sample_ids_B) for block in blocks)
         self.consumed += samples
         self.skipped += max(0, commit.step - self.step - 1) * samples
-        self.missed = self.skipped
         self.repeated += samples if commit.step <= self.step else 0
         self.max_lag = max(self.max_lag, lag)
         self.label_bytes += size
@@ -271,7 +270,7 @@ class StudentRank(RoleRank):
     def _accounting(self) -> dict[str, float]:
         return {
             "labels_consumed": self.consumed,
-            "labels_missed": self.missed,
+            "labels_missed": self.skipped,
             "labels_repeated": self.repeated,
             "max_lag_steps": self.max_lag,
             "label_bytes_per_token": self.label_bytes / max(1, self.label_tokens),

@@ -128,6 +128,14 @@ def check_manifest(folder: Path, wanted: LogManifest, use: Use) -> LogManifest:
     return found
 
 
+def sign_log(folder: Path, wanted: LogManifest) -> None:
+    """Say in a log what it is, or check that it is that. Raises LabelError with one line a reason if it is not."""
+    if (folder / MANIFEST).exists():
+        check_manifest(folder, wanted, "write")
+    else:
+        write_manifest(folder, wanted)
+
+
 def _encode(record: dict[str, Any]) -> bytes:
     checksum = zlib.crc32(json.dumps(record).encode())
     return json.dumps(record | {"crc32": checksum}, indent=1).encode() + b"\n"
