@@ -53,3 +53,27 @@ def test_roles_shrink_without_a_host_and_grow_with_a_new_one(tmp_path: Path, mon
         time.sleep(0.2)
     assert processes_under(folder) == []
     assert not ray.is_initialized()
+
+
+def test_a_wait_for_room_that_is_over_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    folder = tmp_path / "work"
+    write_tiny_config(folder)
+    head = {"num_cpus": 1, "node_name": "a", "include_dashboard": False, "object_store_memory": MEMORY}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        lost = cluster.add_node(num_cpus=1, node_name="b", object_store_memory=MEMORY)
+        settings = ["run.name=wait", "run.steps=4000", f"cluster.address={cluster.address}", "cluster.nodes=2"]
+        settings += ["cluster.cpu_ranks_per_core=3", "recovery.policy=wait", "recovery.wait_s=5.0"]
+        process = start_titan("run", "tiny.toml", *(part for s in settings for part in ("--set", s)), cwd=folder)
+        try:
+            wait_for_step(folder / "runs" / "wait", "teacher", 5, process, timeout_s=150.0)
+            cluster.remove_node(lost, allow_graceful=False)
+            _, error = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:
+                kill_tree(process.pid)
+        assert process.returncode == 1
+        assert "waited 5 s for room for" in error and "(recovery.wait_s sets the wait)" in error, error
+    finally:
+        cluster.shutdown()
