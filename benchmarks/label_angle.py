@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.figures import save_result
 from benchmarks.label_models import Models, random_draws, renormalised, sent, with_models
-from titan.config.settings import LabelSettings
+from titan.config.distillation import LabelSettings
 from titan.data.sampler import SampleBatch
 from titan.distill.control import ControlTracker
 from titan.ops.head import HeadResult, Objective, run_head

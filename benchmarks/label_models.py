@@ -19,8 +19,9 @@ prepare_process(CPU)  # comes before megatron-core is imported
 
 from titan.checkpoint.folder import newest_step, step_folder  # noqa: E402
 from titan.checkpoint.load import Checkpoint  # noqa: E402
+from titan.config.distillation import LabelSettings  # noqa: E402
 from titan.config.load import check_config  # noqa: E402
-from titan.config.settings import TEACHER, LabelSettings, RunConfig, StudentSettings, TeacherSettings  # noqa: E402
+from titan.config.settings import TEACHER, RunConfig, StudentSettings, TeacherSettings  # noqa: E402
 from titan.data.corpus import Corpus  # noqa: E402
 from titan.data.prepare import prepare_corpus  # noqa: E402
 from titan.data.sampler import SampleBatch, Sampler  # noqa: E402

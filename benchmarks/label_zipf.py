@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.figures import save_result
 from benchmarks.label_models import random_draws, sent
-from titan.config.settings import LabelSettings
+from titan.config.distillation import LabelSettings
 from titan.distill.control import ControlTracker
 from titan.ops.head import Objective, run_head
 from titan.ops.label import DenseLabels, SparseLabels

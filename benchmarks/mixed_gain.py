@@ -18,6 +18,7 @@ from rich.table import Table
 
 from benchmarks.figures import save_result
 from benchmarks.prediction import BATCH, LENGTH, SMALL, VOCAB, WARM_UP, run
+from titan.config.model import LayoutSettings, StageSettings
 from titan.config.planning import (
     BlockSettings,
     DeviceCostSettings,
@@ -29,7 +30,6 @@ from titan.config.planning import (
     ShapeSettings,
     TaskSettings,
 )
-from titan.config.settings import LayoutSettings, StageSettings
 from titan.plan.cost import Costs
 from titan.plan.fleet import make_fleet
 from titan.plan.profile import BlockKind, Profile

@@ -23,6 +23,7 @@ prepare_process(CPU)
 
 import numpy as np  # noqa: E402
 
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings, StageSettings  # noqa: E402
 from titan.config.planning import (  # noqa: E402
     BlockSettings,
     DeviceCostSettings,
@@ -33,7 +34,6 @@ from titan.config.planning import (  # noqa: E402
     ShapeSettings,
     TaskSettings,
 )
-from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, StageSettings  # noqa: E402
 from titan.ops.head import Objective  # noqa: E402
 from titan.parallel.live_bytes import LiveBytes  # noqa: E402
 from titan.parallel.local import run_worlds  # noqa: E402

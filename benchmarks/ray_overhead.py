@@ -84,7 +84,7 @@ def be_a_rank(run: Path) -> None:
         time.sleep(0.05)
     worker.join("127.0.0.1", int(port_file.read_text()))
     worker.train()
-    times = [item.step_s for item in worker.take_news() if isinstance(item, StepMetric)]
+    times = [item.step_s for item in worker.take_news(0)[1] if isinstance(item, StepMetric)]
     if rank == 0:
         (run / "times.json").write_text(json.dumps(times))
     worker.leave()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.figures import ratio_interval, save_result
-from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings
 
 SHAPES = {
     "small": ModelSettings(layers=4, hidden=96, heads=4, kv_heads=2, ffn=256),

@@ -7,7 +7,7 @@ import pytest
 from tests.worlds import BATCH, GQA, TIED, World, labels_of, make_trainer, run_world, save_checkpoint, tokens_of
 from titan.checkpoint.folder import newest_step, step_folder
 from titan.checkpoint.load import Checkpoint
-from titan.config.settings import LayoutSettings, ModelSettings, Precision
+from titan.config.model import LayoutSettings, ModelSettings, Precision
 from titan.ops.head import Objective
 from titan.train.restore import restore_trainer
 

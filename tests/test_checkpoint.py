@@ -33,7 +33,7 @@ from titan.checkpoint.folder import (
 from titan.checkpoint.load import Checkpoint
 from titan.checkpoint.pieces import KINDS, Piece, PieceKey
 from titan.checkpoint.save import CheckpointWriter
-from titan.config.settings import LayoutSettings, ModelSettings, Precision
+from titan.config.model import LayoutSettings, ModelSettings, Precision
 from titan.errors import CheckpointError
 from titan.model.parameters import ParameterSpec, parameter_specs
 from titan.ops.head import Objective

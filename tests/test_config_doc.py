@@ -7,7 +7,8 @@ import pytest
 
 from titan.config.document import document
 from titan.config.load import dump_config, load_config
-from titan.config.settings import RunConfig, Section
+from titan.config.section import Section
+from titan.config.settings import RunConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 

@@ -25,16 +25,8 @@ from titan.checkpoint.load import Checkpoint
 from titan.checkpoint.save import CheckpointWriter
 from titan.cli.main import main
 from titan.config.load import dump_config
-from titan.config.settings import (
-    DataSettings,
-    LayoutSettings,
-    ModelSettings,
-    OptimizerSettings,
-    RunConfig,
-    RunSettings,
-    StudentSettings,
-    TeacherSettings,
-)
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings
+from titan.config.settings import DataSettings, RunConfig, RunSettings, StudentSettings, TeacherSettings
 from titan.data.corpus import Corpus
 from titan.data.prepare import prepare_corpus
 from titan.data.tokenizer import Tokenizer

@@ -13,18 +13,9 @@ from tests.worlds import BATCH, GQA, LENGTH, VOCAB, World, make_trainer, run_wor
 from titan.checkpoint.folder import step_folder
 from titan.checkpoint.llama import llama_tensors
 from titan.checkpoint.load import Checkpoint
-from titan.config.settings import (
-    DataSettings,
-    FeatureLabelSettings,
-    LabelSettings,
-    LayoutSettings,
-    ModelSettings,
-    OptimizerSettings,
-    RunConfig,
-    RunSettings,
-    StageSettings,
-    TeacherSettings,
-)
+from titan.config.distillation import FeatureLabelSettings, LabelSettings
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings, StageSettings
+from titan.config.settings import DataSettings, RunConfig, RunSettings, TeacherSettings
 from titan.distill.features.codec import FeatureLabels, decode_step, rows
 from titan.distill.features.losses import FeatureObjective, feature_loss
 from titan.distill.features.rank import FeatureLearner, FeatureSender

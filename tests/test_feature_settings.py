@@ -7,7 +7,8 @@ import pytest
 
 from titan.config.check_features import default_relation_heads
 from titan.config.load import load_config
-from titan.config.settings import ModelSettings, RunConfig
+from titan.config.model import ModelSettings
+from titan.config.settings import RunConfig
 from titan.distill.features.asked import feature_objective, sent_features, student_auxiliary, student_layer
 from titan.distill.features.losses import FeatureObjective
 from titan.errors import ConfigError

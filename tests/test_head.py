@@ -11,7 +11,7 @@ from torch import Tensor
 
 import titan.ops.look as look_module
 from tests.worlds import World, run_world
-from titan.config.settings import LayoutSettings
+from titan.config.model import LayoutSettings
 from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import SparseLabels
 from titan.ops.look import VocabShard

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.worlds import labels_of, make_trainer, run_world, tokens_of
-from titan.config.settings import LayoutSettings
+from titan.config.model import LayoutSettings
 from titan.distill.control import ControlTracker
 from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws

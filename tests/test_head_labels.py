@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.worlds import World, run_world
-from titan.config.settings import LayoutSettings
+from titan.config.model import LayoutSettings
 from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import SparseLabels, TailDraws, TeacherSays
 from titan.ops.look import VocabShard

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tests.worlds import World, run_world
-from titan.config.settings import LayoutSettings
+from titan.config.model import LayoutSettings
 from titan.ops import choose
 from titan.ops.head import Chunk, HeadResult, Objective, run_head
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws

@@ -14,7 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from titan.cli.labels import labels_app
-from titan.config.settings import LabelSettings
+from titan.config.distillation import LabelSettings
 from titan.distill import recode as recoding
 from titan.distill.codec.block import LabelBlock, encode_block
 from titan.distill.codec.raw import RawLabels

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from titan.config.settings import DistillSettings
+from titan.config.distillation import DistillSettings
 from titan.distill.lead import LeadTracker, distillation_weight
 
 

@@ -31,7 +31,7 @@ from tests.worlds import (
 )
 from titan.checkpoint.folder import step_folder
 from titan.checkpoint.load import Checkpoint
-from titan.config.settings import LayoutSettings, OptimizerSettings
+from titan.config.model import LayoutSettings, OptimizerSettings
 from titan.model.layer_spec import RMSNorm, transformer_config
 from titan.model.parameters import initial_value, parameter_specs
 from titan.ops.head import Objective

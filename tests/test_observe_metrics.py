@@ -11,7 +11,7 @@ import pytest
 from titan.errors import RunError
 from titan.observe.events import EventLog, event_text, read_events
 from titan.observe.files import write_whole
-from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric, read_metrics
+from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric, read_metrics, to_line
 
 
 def step(role: str, number: int, loss: float = 3.0, **student: float) -> StepMetric:
@@ -50,6 +50,17 @@ def test_metrics_come_back_as_they_were_written(tmp_path: Path) -> None:
     metrics = [step("teacher", 1), student_step(1), EvalMetric("teacher", 1, 1001.5, 2.9, 1.8, 4096)]
     write(tmp_path, *metrics)
     assert read_metrics(tmp_path) == metrics
+
+
+def test_metrics_that_were_not_told_are_added_once(tmp_path: Path) -> None:
+    known, untold = step("teacher", 1), step("teacher", 2, math.inf)
+    with MetricsLog(tmp_path) as log:
+        log.write(known)
+        for _ in range(2):
+            log.write_missing([to_line(known), to_line(untold)])
+    first, second = read_metrics(tmp_path)
+    assert first == known and second.step == 2 and math.isnan(second.loss)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
 def test_a_line_can_be_read_before_the_log_is_closed(tmp_path: Path) -> None:

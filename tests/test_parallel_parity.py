@@ -21,7 +21,7 @@ from tests.worlds import (
     run_world,
     tokens_of,
 )
-from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, Precision
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings, Precision
 from titan.model.parameters import initial_value, parameter_specs
 from titan.ops.head import Objective
 

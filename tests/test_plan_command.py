@@ -9,8 +9,8 @@ import pytest
 from tests.parity import ALONE
 from tests.runs import TINY, titan, write_tiny_config
 from tests.worlds import CPU, LENGTH, VOCAB, World, make_trainer, run_world, tokens_of
+from titan.config.model import LayoutSettings, ModelSettings
 from titan.config.planning import InventorySettings, LinkSettings, NodeSettings, ProfileSettings, TaskSettings
-from titan.config.settings import LayoutSettings, ModelSettings
 from titan.ops.head import Objective
 from titan.parallel.live_bytes import LiveBytes
 from titan.plan.cost import Costs

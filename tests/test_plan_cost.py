@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from titan.config.model import LayoutSettings, ModelSettings, StageSettings
 from titan.config.planning import (
     BlockSettings,
     DeviceCostSettings,
@@ -23,7 +24,6 @@ from titan.config.planning import (
     load_profile,
 )
 from titan.config.schema import DOCS, SCHEMAS, schema
-from titan.config.settings import LayoutSettings, ModelSettings, StageSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
 from titan.plan.edges import routes

@@ -10,6 +10,7 @@ import pytest
 from tests.runs import TINY, processes_under, titan, write_tiny_config
 from tests.test_planned_run import INVENTORY, SHAPE, blocks_of
 from tests.worlds import BATCH, CPU, GQA, LENGTH, VOCAB, World, local, run_world, tokens_of
+from titan.config.model import LayoutSettings, OptimizerSettings, StageSettings
 from titan.config.planning import (
     BlockSettings,
     DeviceCostSettings,
@@ -21,7 +22,6 @@ from titan.config.planning import (
     ShapeSettings,
     TaskSettings,
 )
-from titan.config.settings import LayoutSettings, OptimizerSettings, StageSettings
 from titan.observe.metrics import StepMetric, read_metrics
 from titan.ops.head import Objective
 from titan.plan.cost import Costs

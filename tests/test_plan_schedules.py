@@ -10,8 +10,8 @@ import pytest
 
 from tests.test_plan_search import costs_of
 from titan.config.check_layout import Batch, stage_mistakes
+from titan.config.model import LayoutSettings, StageSettings
 from titan.config.planning import SearchSettings
-from titan.config.settings import LayoutSettings, StageSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import make_layout

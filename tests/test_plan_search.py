@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from titan.config.model import LayoutSettings, ModelSettings, StageSettings
 from titan.config.planning import (
     DeviceCostSettings,
     InventorySettings,
@@ -24,7 +25,6 @@ from titan.config.planning import (
     TaskSettings,
     load_plan,
 )
-from titan.config.settings import LayoutSettings, ModelSettings, StageSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
 from titan.plan.fleet import make_fleet

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from titan.cli.simulate import PART_WORDS, show_simulation, simulate, simulation_json
-from titan.config.settings import Section
+from titan.config.section import Section
 from titan.config.simulation import SimulationConfig, check_simulation, load_simulation
 from titan.errors import ConfigError
 from titan.observe.gantt import MOST_ROWS, chosen_rows, draw_gantt

@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from titan.config.check_layout import layout_mistakes
-from titan.config.settings import DataSettings, LayoutSettings, ModelSettings, OptimizerSettings, Role
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings
+from titan.config.settings import DataSettings, Role
 from titan.plan.layout import make_layout
 from titan.plan.smaller import fits, largest_that_fits, smaller_layouts
 

@@ -8,7 +8,7 @@ from statistics import median
 import pytest
 
 from tests.runs import TINY, kill_tree, processes_under, start_titan, titan, wait_for_step, write_tiny_config
-from titan.config.settings import LayoutSettings, ModelSettings
+from titan.config.model import LayoutSettings, ModelSettings
 from titan.observe.events import read_events
 from titan.observe.metrics import StepMetric, read_metrics
 from titan.plan.layout import make_layout

@@ -28,6 +28,7 @@ from titan.checkpoint.load import Checkpoint
 from titan.config.load import load_config
 from titan.model.parameters import parameter_specs
 from titan.observe.events import read_events
+from titan.observe.metrics import read_metrics
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 ROLES = ("teacher", "early", "late")
@@ -108,8 +109,13 @@ def test_ctrl_c_stops_cleanly_and_the_run_resumes_to_the_same_bits(workplace: Pa
     assert process.returncode == 130
     assert "titan resume" in err and "Traceback" not in err
     assert processes_under(workplace) == []
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    last = {json.loads(line)["role"]: number for number, line in enumerate(lines)}  # as if they had died unheard
+    (run / "metrics.jsonl").write_bytes(b"".join(line for at, line in enumerate(lines) if at not in last.values()))
     result = titan("resume", "runs/stopped", cwd=workplace)
     assert result.returncode == 0, result.stderr
+    metrics = [[(m.kind, m.role, m.step) for m in read_metrics(path)] for path in (workplace / "runs/tiny", run)]
+    assert sorted(metrics[0]) == sorted(metrics[1])
     for role in ROLES:
         expected, found = weights(workplace / "runs/tiny", role, 40), weights(run, role, 40)
         assert all(torch.equal(expected[key], found[key]) for key in expected), role

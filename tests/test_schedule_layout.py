@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worlds import GQA, TIED, VOCAB, World, make_trainer, run_world
-from titan.config.settings import LayoutSettings, ModelSettings
+from titan.config.model import LayoutSettings, ModelSettings
 from titan.model.parameters import (
     ParameterSpec,
     initial_value,

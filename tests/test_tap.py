@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.worlds import BATCH, GQA, LENGTH, VOCAB, make_trainer, run_world, tokens_of
-from titan.config.settings import LabelSettings, LayoutSettings, ModelSettings, Precision
+from titan.config.distillation import LabelSettings
+from titan.config.model import LayoutSettings, ModelSettings, Precision
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader, LabelBlock, decode_block, encode_block
 from titan.distill.tap import label_wish, raw_labels
 from titan.ops.head import Objective, run_head

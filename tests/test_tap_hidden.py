@@ -6,7 +6,8 @@ import torch
 
 from tests.test_tap import IDS, SHARPER, make_teacher, true_log_probs
 from tests.worlds import GQA, LENGTH, TIED, VOCAB, make_trainer, run_world, tokens_of
-from titan.config.settings import LabelSettings, LayoutSettings, ModelSettings, Precision
+from titan.config.distillation import LabelSettings
+from titan.config.model import LayoutSettings, ModelSettings, Precision
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader, LabelBlock, decode_block, encode_block
 from titan.distill.tap import label_wish, raw_labels
 from titan.errors import LabelError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch._dynamo  # torch.optim imports it on first use; here it costs half a second once, not once a rank
 
-from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, Precision
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings, Precision
 from titan.platform.device import prepare_process, select_platform
 
 CPU = select_platform("cpu")

@@ -18,7 +18,8 @@ from titan.checkpoint.folder import complete_steps, step_folder
 from titan.checkpoint.llama import llama_config, llama_tensors
 from titan.checkpoint.load import Checkpoint
 from titan.config.environment import user_cache_variable
-from titan.config.settings import ModelSettings, Precision, RunConfig
+from titan.config.model import ModelSettings, Precision
+from titan.config.settings import RunConfig
 from titan.data.shards import TOKENIZER_FILE
 from titan.data.tokenizer import Tokenizer
 from titan.data.tokenizer_json import hugging_face_tokenizer

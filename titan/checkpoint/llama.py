@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from titan.checkpoint.load import Checkpoint
-from titan.config.settings import ModelSettings
+from titan.config.model import ModelSettings
 from titan.model.parameters import INIT_STD, parameter_specs
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from titan.cli.label_logs import only_log
-from titan.config.settings import LabelSettings
+from titan.config.distillation import LabelSettings
 from titan.distill.codec.raw import CodecName
 from titan.errors import LabelError
 from titan.observe.words import plural

@@ -15,7 +15,8 @@ from titan.cli.plan_file import schedules_text
 from titan.cluster.planning import plan_picture, plan_run
 from titan.cluster.preflight import check_start
 from titan.cluster.session import discover, local_inventory, ray_session
-from titan.config.settings import TEACHER, ModelSettings, RunConfig
+from titan.config.model import ModelSettings
+from titan.config.settings import TEACHER, RunConfig
 from titan.data.tokenizer import Tokenizer
 from titan.errors import ConfigError
 from titan.plan.cost import Prediction

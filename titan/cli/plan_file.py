@@ -11,6 +11,7 @@ from rich.table import Table
 
 from titan.cluster.planning import plan_picture
 from titan.config.check_layout import Batch, stage_mistakes
+from titan.config.model import LayoutSettings
 from titan.config.planning import (
     PAGE,
     PlanSettings,
@@ -21,7 +22,6 @@ from titan.config.planning import (
     load_profile,
 )
 from titan.config.sections import check_values, read_values
-from titan.config.settings import LayoutSettings
 from titan.errors import ConfigError
 from titan.observe import words
 from titan.plan.cost import Costs, Prediction

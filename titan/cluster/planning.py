@@ -6,8 +6,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from titan.config.model import LayoutSettings
 from titan.config.planning import SearchSettings, TaskSettings, load_inventory, load_profile
-from titan.config.settings import TEACHER, LayoutSettings, RunConfig, StudentSettings, TeacherSettings
+from titan.config.settings import TEACHER, RunConfig, StudentSettings, TeacherSettings
 from titan.errors import ConfigError
 from titan.observe.gantt import draw_gantt
 from titan.plan.cost import Costs, Prediction

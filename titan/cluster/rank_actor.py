@@ -60,9 +60,9 @@ class RankActor:
         self._built.request_stop(for_good)
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
-    def take_news(self) -> list[Any]:
-        """Metrics and events since the last call; an answer, even an empty one, shows that the process lives."""
-        return self.rank.take_news() if self.rank is not None else []
+    def take_news(self, heard: int) -> tuple[int, list[Any]]:
+        """Metrics and events from number `heard` on; an answer, even an empty one, shows that the process lives."""
+        return self.rank.take_news(heard) if self.rank is not None else (heard, [])
 
     @property
     def _built(self) -> "RoleRank":

@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from titan.cluster.failure import Failure, HungError, error_of, find_cause
 from titan.cluster.placement import rank_groups, reserve, start_actor
 from titan.cluster.rank_actor import Whereabouts
-from titan.config.settings import LayoutSettings, RunConfig
+from titan.config.model import LayoutSettings
+from titan.config.settings import RunConfig
 from titan.distill.rank import RankSpec, RoleReport
 from titan.errors import PlatformError
 from titan.plan.layout import make_layout
@@ -85,6 +86,8 @@ class RoleGroup:
         self._asked: dict[int, tuple[Any, float]] = {}
         """What each rank was asked, and since when it owes an answer."""
         self._looked = 0.0
+        self._heard = 0
+        """News of this generation's lead that have arrived."""
         self._pausing = False
 
     def use_layout(self, settings: LayoutSettings) -> None:
@@ -116,7 +119,7 @@ class RoleGroup:
     def start(self) -> None:
         """Ask for room; `advance` does the rest."""
         self.generation += 1
-        self._pausing, self.report = False, None
+        self._pausing, self.report, self._heard = False, None, 0
         again = self.generation > 1
         self._patience_s = self.config.recovery.wait_s if again else self.config.cluster.start_timeout_s
         self.deadline = time.monotonic() + self._patience_s
@@ -211,10 +214,10 @@ class RoleGroup:
         for rank, actor in enumerate(self.actors):
             ref, since = self._asked.pop(rank, (None, now))
             if ref is None:
-                ref = actor.take_news.remote()
+                ref = actor.take_news.remote(self._heard)
             elif ray.wait([ref], timeout=0)[0]:
                 if error_of(ref) is None:  # else its train() says what is wrong
-                    news += ray.get(ref)
+                    news += self._hear(rank, ref)
                 continue
             elif now - since > limit_s:
                 raise RoleLostError([HungError(rank, limit_s)])
@@ -224,8 +227,15 @@ class RoleGroup:
     def last_news(self) -> list[Any]:
         """What the lead had to say when the role ended."""
         ref, _ = self._asked.pop(0, (None, 0.0))
-        late = [one for one in (ref, self.actors[0].take_news.remote()) if one is not None and error_of(one) is None]
-        return [item for one in late for item in ray.get(one)]
+        news = [] if ref is None or error_of(ref) is not None else self._hear(0, ref)
+        ref = self.actors[0].take_news.remote(self._heard)
+        return news if error_of(ref) is not None else news + self._hear(0, ref)
+
+    def _hear(self, rank: int, answer: Any) -> list[Any]:
+        heard, news = ray.get(answer)
+        if rank == 0:
+            self._heard = heard
+        return news  # type: ignore[no-any-return]
 
     def request_stop(self) -> None:
         """Ask the role to stop after the step under way."""

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from titan.cluster.placement import free_slots
 from titan.cluster.role_group import Phase, RoleGroup
-from titan.config.settings import LayoutSettings, RunConfig
+from titan.config.model import LayoutSettings
+from titan.config.settings import RunConfig
 from titan.plan.smaller import largest_that_fits, smaller_layouts
 
 

@@ -20,7 +20,9 @@ from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError
 from titan.cluster.room import layout_for, who_must_give_way
 from titan.cluster.session import discover
-from titan.config.settings import TEACHER, LayoutSettings, RunConfig
+from titan.config.model import LayoutSettings
+from titan.config.settings import TEACHER, RunConfig
+from titan.distill.news import untold_metrics
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.service.server import LOCALHOST
 from titan.errors import PlatformError, WorkerError
@@ -142,6 +144,7 @@ class Supervisor:
         begin = time.monotonic()
         for role in self.config.roles:
             step = self.resumed.get(role, 0)
+            self.metrics.write_missing(untold_metrics(self.run_folder / "checkpoints" / role))
             self.groups[role] = RoleGroup(role, self.config, self.planned.paced, self._spec, step)
         groups = list(self.groups.values())
         for group in groups:
@@ -242,7 +245,7 @@ class Supervisor:
         elif group.is_paused:
             self._pass_on(group, group.last_news())
             group.kill()
-            self._start_again(group, self.tidy(group.role), time.monotonic())
+            self._start_again(group, self._tidy(group.role), time.monotonic())
         elif phase is Phase.DONE:
             assert group.report is not None
             self._pass_on(group, group.last_news())
@@ -280,7 +283,7 @@ class Supervisor:
         if not failure.passes or policy.policy == "stop":
             raise self._give_up(failure)
         group.kill()
-        step = self.tidy(group.role)
+        step = self._tidy(group.role)
         count, last = self.restarts.get(group.role, (0, -1))
         count = count + 1 if step <= last else 1
         self.restarts[group.role] = (count, step)
@@ -291,6 +294,12 @@ class Supervisor:
         self.events.emit("restarting", role=group.role, from_step=step, lost_steps=max(0, group.last_step - step))
         self.display.log(f"{time.strftime('%H:%M:%S')}  {failure.message}; {group.role} goes on from step {step}")
         self._start_again(group, step, since)
+
+    def _tidy(self, role: str) -> int:
+        """Files of a role whose ranks are gone; returns the step it goes on from."""
+        step = self.tidy(role)
+        self.metrics.write_missing(untold_metrics(self.run_folder / "checkpoints" / role))
+        return step
 
     def _start_again(self, group: RoleGroup, step: int, since: float) -> None:
         """From its newest checkpoint, that of `step`, in the layout there is room for."""

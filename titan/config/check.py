@@ -5,14 +5,9 @@ from collections.abc import Iterator
 
 from titan.config.check_features import feature_mistakes
 from titan.config.check_layout import divisors, layout_mistakes
-from titan.config.settings import (
-    TEACHER,
-    ModelSettings,
-    OptimizerSettings,
-    RunConfig,
-    Section,
-    StudentSettings,
-)
+from titan.config.model import ModelSettings, OptimizerSettings
+from titan.config.section import Section
+from titan.config.settings import TEACHER, RunConfig, StudentSettings
 
 
 def find_mistakes(config: RunConfig) -> list[str]:

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Iterator
 
-from titan.config.settings import TEACHER, FeatureLabelSettings, ModelSettings, RunConfig, StudentSettings
+from titan.config.distillation import FeatureLabelSettings
+from titan.config.model import ModelSettings
+from titan.config.settings import TEACHER, RunConfig, StudentSettings
 
 
 def feature_mistakes(config: RunConfig) -> Iterator[str]:

@@ -4,15 +4,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from titan.config.settings import (
-    VOCAB_MULTIPLE,
-    DataSettings,
-    LayoutSettings,
-    ModelSettings,
-    Precision,
-    Role,
-    StageSettings,
-)
+from titan.config.model import VOCAB_MULTIPLE, LayoutSettings, ModelSettings, Precision, StageSettings
+from titan.config.settings import DataSettings, Role
 
 ALIKE = ("tp", "pp", "dp", "layers", "shard")
 """What describes stages that are alike, and has no place beside `stages`."""

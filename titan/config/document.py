@@ -1,4 +1,4 @@
-"""Prints docs/config.md: every setting with its type, default and meaning, from the models of titan.config.settings."""
+"""Prints docs/config.md: every setting with its type, default and meaning, from the models of titan.config."""
 
 import json
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ A run is one TOML file: `titan run RUN.toml`. Any setting can be changed on the 
 `--set run.steps=100`, `--set teacher.layout.tp=2`; a student by its name: `--set students.small.model.layers=6`.
 All mistakes in a file are reported at once, before anything starts.
 
-This page is generated from `titan/config/settings.py` by `make docs`; a test fails when it is stale.
+This page is generated from the models in `titan/config` by `make docs`; a test fails when it is stale.
 A setting without a default must be given. Absent means that the setting may be left out and has no value then.
 """
 

@@ -6,8 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from titan.config.model import ModelSettings, Precision
+from titan.config.section import Name, Section
 from titan.config.sections import check_values, read_values
-from titan.config.settings import ModelSettings, Name, Precision, Section
 from titan.errors import ConfigError
 
 PAGE = "docs/planner.md"

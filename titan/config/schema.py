@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from titan.config.planning import InventorySettings, PlanSettings, ProfileSettings
-from titan.config.settings import Section
+from titan.config.section import Section
 
 DOCS = Path(__file__).parents[2] / "docs"
 SCHEMAS: dict[str, type[Section]] = {

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from titan.config.settings import Section
+from titan.config.section import Section
 from titan.errors import ConfigError
 
 LONGEST_VALUE = 60

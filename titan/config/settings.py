@@ -1,36 +1,22 @@
-"""What a run is: one frozen model a section of run.toml. docs/config.md is generated from this file."""
+"""What a run is: one frozen model a section of run.toml. docs/config.md is generated from it."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
-    Discriminator,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    Tag,
 )
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
+from titan.config.distillation import DistillSettings, LabelSettings, StartSettings
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings, Precision
+from titan.config.section import Name, Section
 
 TEACHER = "teacher"
 """Name of the teacher's role; no student may have it."""
-VOCAB_MULTIPLE = 64
-"""The vocabulary is padded to a multiple of this in every layout, so that shapes do not depend on the layout."""
-
-
-class Section(BaseModel):
-    """A section of run.toml: values are frozen, types are strict, unknown keys are mistakes."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
-    )
 
 
 class RunSettings(Section):
@@ -71,165 +57,6 @@ class DataSettings(Section):
     """Folder for prepared corpora, shared by runs; the default is `data` beside the run folders."""
 
 
-class ModelSettings(Section):
-    """Shape of a decoder: RMSNorm, rotary positions, SwiGLU, grouped-query attention."""
-
-    layers: PositiveInt
-    """Transformer layers."""
-    hidden: PositiveInt
-    """Width of the hidden states."""
-    heads: PositiveInt
-    """Query heads; must divide `hidden`."""
-    kv_heads: PositiveInt | None = None
-    """Key and value heads; must divide `heads`. The default is `heads`."""
-    ffn: PositiveInt
-    """Inner width of the gated feed-forward network."""
-    tied: bool = False
-    """Share the embedding with the output weight."""
-    rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary frequencies."""
-    norm_eps: PositiveFloat = 1e-5
-    """Added to the mean square inside RMSNorm."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key and value heads after the default."""
-        return self.kv_heads or self.heads
-
-
-Precision = Literal["fp32", "bf16", "fp16"]
-
-
-def _as_tuple(value: object) -> object:
-    """A number may stand for a list of one."""
-    if isinstance(value, list):
-        return tuple(value)
-    return (value,) if isinstance(value, int) else value
-
-
-def _form_of(value: object) -> str:
-    """Which of two forms a value has, so that a mistake is told of that form alone."""
-    return "kinds" if isinstance(value, list | tuple) else "kind"
-
-
-class StageSettings(Section):
-    """One pipeline stage of a layout whose stages are unlike."""
-
-    layers: Annotated[tuple[PositiveInt, ...], BeforeValidator(_as_tuple)]
-    """Transformer layers; with `chunks` above 1 a list, one number a chunk."""
-    tp: PositiveInt = 1
-    """Tensor-parallel degree."""
-    dp: PositiveInt = 1
-    """Replicas, sharing the samples of a micro-batch."""
-    shard: PositiveInt = 1
-    """Ranks that share optimizer state: 1 (none) or `dp`."""
-    shares: tuple[PositiveInt, ...] | None = None
-    """How many parts of a micro-batch each replica takes, for example [3, 1]; the default is equal parts."""
-    precision: Precision | None = None
-    """Type of weights and activations; the default is the role's."""
-    device: (
-        Annotated[
-            Annotated[Name, Tag("kind")] | Annotated[tuple[Name, ...], Tag("kinds")],
-            Discriminator(_form_of),
-        ]
-        | None
-    ) = None
-    """Kind of device, as the inventory names it; the default is any. A list where replicas are of several kinds: one
-    for each of `islands`."""
-    static_shapes: bool = False
-    """Fill every replica's part of a micro-batch up to the largest, for devices that compile for fixed shapes. The
-    filling is cut off again before it could count."""
-    islands: tuple[PositiveInt, ...] | None = None
-    """Replicas in each island, adding up to `dp`, where one fast network does not join all of them: gradients are
-    reduced inside each island and exchanged in fp32 over the host's network."""
-
-    @property
-    def kinds(self) -> tuple[str | None, ...]:
-        """Kind of device of each replica; None for any."""
-        if not isinstance(self.device, tuple):
-            return (self.device,) * self.dp
-        return tuple(
-            kind for kind, size in zip(self.device, self.islands or (self.dp,), strict=True) for _ in range(size)
-        )
-
-
-class LayoutSettings(Section):
-    """How a role is cut over ranks: `tp * pp * dp` of them, or stage by stage."""
-
-    tp: PositiveInt = 1
-    """Tensor-parallel degree; must divide `kv_heads`, `ffn` and `hidden`."""
-    pp: PositiveInt = 1
-    """Pipeline stages."""
-    dp: PositiveInt = 1
-    """Replicas of each stage, sharing the samples of a micro-batch."""
-    layers: tuple[PositiveInt, ...] | None = None
-    """Layers of each stage, first stage first (with `chunks`, pp times as many); the default is as even as can be."""
-    shard: PositiveInt = 1
-    """Ranks that share optimizer state: 1 (none) or `dp`."""
-    stages: Annotated[tuple[StageSettings, ...], Field(min_length=1)] | None = None
-    """Stages one by one, where they are unlike; `tp`, `pp`, `dp`, `layers` and `shard` are then left out."""
-    planned: bool = False
-    """Let titan choose stages and micro-batches, for the devices of `cluster.inventory` by what `cluster.profile` says
-    of them; what describes stages is then left out."""
-    mixed: bool = True
-    """With `planned`: whether a stage may have replicas of several kinds of devices, with unequal shares of samples,
-    where that is faster. The teacher's counts for all roles that are planned."""
-    micro_batches: PositiveInt | None = None
-    """Micro-batches in a step; each is split over `dp`. The default is `2 * pp`, or 1 without a pipeline."""
-    schedule: Literal["1f1b", "interleaved"] = "1f1b"
-    """Order of passes. `interleaved` has a smaller bubble; it needs `chunks` of 2 or more, and `micro_batches` that are
-    a multiple of the stages."""
-    chunks: PositiveInt = 1
-    """Separate runs of layers that each stage holds under the interleaved schedule."""
-    transport: Literal["auto", "direct", "host"] = "auto"
-    """How activations cross between stages: `direct` by torch.distributed, `host` through host memory and TCP, which
-    joins devices that speak no common collective library; `auto` is `host` where two stages' devices differ."""
-    sequence_parallel: bool = False
-    """Cut norms and residuals along the sequence inside a tensor-parallel group."""
-    recompute: bool = False
-    """Keep only each layer's input and compute its activations again in the backward pass."""
-
-    @property
-    def num_stages(self) -> int:
-        """Pipeline stages, each on ranks of its own."""
-        return self.pp if self.stages is None else len(self.stages)
-
-    @property
-    def ranks(self) -> int:
-        """Processes this layout needs."""
-        if self.stages is not None:
-            return sum(stage.tp * stage.dp for stage in self.stages)
-        return self.tp * self.pp * self.dp
-
-    @property
-    def num_micro_batches(self) -> int:
-        """Micro-batches in a step after the default."""
-        return self.micro_batches or (1 if self.num_stages == 1 else 2 * self.num_stages)
-
-
-class OptimizerSettings(Section):
-    """AdamW with a warm-up and a decay."""
-
-    learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate."""
-    warmup_steps: NonNegativeInt = 50
-    """Steps of linear warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
-    final_fraction: Fraction = 0.1
-    """Learning rate at the last step, as a share of the peak."""
-    weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of matrices; norms have none."""
-    beta1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    """Decay of the first moment."""
-    beta2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
-    """Decay of the second moment."""
-    eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
-    clip: PositiveFloat = 1.0
-    """Largest norm of the gradient over all parameters of the role."""
-
-
 class TeacherSettings(Section):
     """The large model, trained on text alone."""
 
@@ -249,84 +76,6 @@ class TeacherSettings(Section):
     def log(self) -> str | None:
         """The path of another run's label log, if labels come from one."""
         return self.source.removeprefix("log:") if self.source.startswith("log:") else None
-
-
-class StartSettings(Section):
-    """When a student starts. Set at most one of these; with none it starts with the log's first step."""
-
-    step: NonNegativeInt | None = None
-    """Start after this teacher step."""
-    lead: PositiveFloat | None = None
-    """Start when the teacher's smoothed training loss is this many nats below that of the fresh student."""
-    now: bool = False
-    """Start after the newest step of the log there is; with `teacher.source` of a run that still trains."""
-
-
-class FeatureSettings(Section):
-    """What a student learns from inside one of the teacher's layers: the weight of each loss, a mean over tokens.
-
-    docs/features.md says more of each. Their weighted sum is multiplied by a, as labels are.
-    """
-
-    layer: NonNegativeInt | None = None
-    """Layer of the student, counted from 0; the default is the last. Not with `distill.auxiliary_layer`."""
-    relation_heads: PositiveInt | None = None
-    """Heads that queries, keys and values are cut into for the first five; the default is the greatest common divisor
-    of all head counts of both models."""
-    query: NonNegativeFloat = 0.0
-    """KL between the relations of queries with queries (MiniLMv2, arXiv 2012.15828)."""
-    key: NonNegativeFloat = 0.0
-    """KL between the relations of keys with keys."""
-    value: NonNegativeFloat = 0.0
-    """KL between the relations of values with values."""
-    attention: NonNegativeFloat = 0.0
-    """KL between the attentions, queries with keys (ERNIE 3.0 Titan, arXiv 2112.12731)."""
-    attention_map: NonNegativeFloat = 0.0
-    """Squared distance between the attentions."""
-    hint: NonNegativeFloat = 0.0
-    """Squared distance between hidden states, after a learned projection where widths differ (arXiv 1412.6550)."""
-    affinity: NonNegativeFloat = 0.0
-    """Distance between the cosines of hidden states (arXiv 2107.12087)."""
-
-    @property
-    def relations(self) -> dict[str, float]:
-        """Weights of the losses over relation heads that count."""
-        every = {name: getattr(self, name) for name in ("query", "key", "value", "attention", "attention_map")}
-        return {name: weight for name, weight in every.items() if weight}
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Weights of all losses that count; empty if nothing is learned from features."""
-        hidden = {name: getattr(self, name) for name in ("hint", "affinity")}
-        return self.relations | {name: weight for name, weight in hidden.items() if weight}
-
-
-class DistillSettings(Section):
-    """How much a student learns from labels: loss = (1 - a) * cross-entropy + a * T^2 * D(teacher, student)."""
-
-    weight: Fraction = 0.9
-    """Largest value of a; 0 makes a control that learns from text alone."""
-    schedule: Literal["lead", "constant", "ramp", "wsd"] = "lead"
-    """`lead`: a = weight * min(1, lead / full_lead), lead being the student's smoothed loss minus the teacher's;
-    `constant`: a = weight; `ramp`: a rises linearly to weight over the first `ramp_fraction` of the student's steps;
-    `wsd` rises so too, stays, and falls to 0 over the last `decay_fraction`."""
-    full_lead: PositiveFloat = 0.3
-    """Lead, in nats a token, from which on the whole weight is used."""
-    ramp_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
-    """Share of the student's steps over which `ramp` and `wsd` rise."""
-    decay_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """Share of the student's steps over which `wsd` falls."""
-    loss: Literal["forward_kl", "reverse_kl", "jsd", "mse"] = "forward_kl"
-    """The divergence D: KL(teacher || student), KL(student || teacher), the generalised Jensen-Shannon divergence, or
-    the mean squared difference of log-probabilities. Only `forward_kl` is unbiased with labels that are not whole."""
-    beta: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Of `jsd`: the teacher's share of the middle distribution."""
-    shrink: Fraction = 1.0
-    """How far drawn entries correct the tail of a label: 1 is unbiased, less is less noisy, 0 ignores them."""
-    features: FeatureSettings = FeatureSettings()
-    """What the student learns from inside the teacher; nothing by default."""
-    auxiliary_layer: bool = False
-    """Learn features by an extra layer over the student's last, which is gone at export (ERNIE 3.0 Titan)."""
 
 
 class StudentSettings(Section):
@@ -354,42 +103,6 @@ class StudentSettings(Section):
     """When the student starts; a step or lead is that of its own teacher."""
     distill: DistillSettings = DistillSettings()
     """How much the student learns from labels."""
-
-
-class FeatureLabelSettings(Section):
-    """Features, sent if a student asks for some by `distill.features`: those that all students together ask for."""
-
-    layer: NonNegativeInt | None = None
-    """Layer of the teacher, counted from 0; the default is the last."""
-    slots: Annotated[int, Field(ge=1, le=4096)] = 16
-    """Steps of features that are held. A student that is further behind learns those steps without."""
-    precision: Literal["bf16", "fp16"] = "bf16"
-    """Type of the numbers that are sent; fp16 has three more bits and ends at 65504."""
-
-
-class LabelSettings(Section):
-    """Soft labels: what the teacher says about each token."""
-
-    codec: Literal["sampled", "top_k", "random", "full", "hidden"] = "sampled"
-    """`sampled`: the most likely entries and some drawn from the rest, as many of each for a token as serve it best:
-    unbiased. `top_k`: the most likely entries, and the rest as one bucket: biased in the tail. `random`: entries drawn
-    from the whole distribution (arXiv 2503.16870): unbiased and noisy. `full`: every log-probability. `hidden`: the
-    teacher's last hidden states, and once a step its output weight, from which students make all of them again."""
-    top_k: Annotated[int, Field(ge=1, le=1024)] = 15
-    """Most likely entries that a label of `sampled` or `top_k` may have; a 16th would make their count longer."""
-    draws: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Drawn entries that a label of `sampled` may have beyond those; for `random` the number of draws (50 there)."""
-    bytes_per_token: Annotated[float, Field(ge=4.0)] | None = 36.0
-    """Mean size of a label with `sampled` and `top_k`, in every sample; absent, every entry is sent."""
-    delivery: Literal["auto", "files", "service"] = "auto"
-    """How students get labels: from the log's `files` in the run folder, or from a label `service` on the teacher's
-    node; `auto` is `files` with a local Ray, and `service` in a cluster that is joined."""
-    without_students: bool = False
-    """Make labels even if the run has no students; those of other runs may join at any time by `teacher.source`."""
-    temperature: Annotated[float, Field(ge=0.1, le=20.0)] = 1.0
-    """T of the distillation loss, the same for all students of the run."""
-    features: FeatureLabelSettings = FeatureLabelSettings()
-    """Queries, keys, values and hidden states of one of the teacher's layers."""
 
 
 class CheckpointSettings(Section):

@@ -5,8 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from titan.config.section import Name, Section
 from titan.config.sections import check_values, read_values
-from titan.config.settings import Name, Section
 from titan.errors import ConfigError
 
 

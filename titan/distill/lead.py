@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from titan.config.settings import DistillSettings
+from titan.config.distillation import DistillSettings
 
 SMOOTHING = 0.95
 """Decay of the running means; about the last twenty steps count."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titan.config.settings import LabelSettings
+from titan.config.distillation import LabelSettings
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader, LabelBlock, decode_block, encode_block
 from titan.distill.codec.raw import RawLabels
 from titan.distill.log.manifest import MANIFEST, LogManifest, check_manifest, read_manifest, write_manifest

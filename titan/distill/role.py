@@ -3,7 +3,6 @@
 `titan.cluster` puts a thin actor around it; tests and the benchmark without Ray call it directly.
 """
 
-import queue
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -17,10 +16,11 @@ from titan.checkpoint.load import Checkpoint
 from titan.checkpoint.save import CheckpointWriter
 from titan.data.corpus import Corpus
 from titan.data.sampler import Sampler
+from titan.distill.news import UNTOLD, News, Outbox
 from titan.distill.rank import RankSpec, RoleReport
 from titan.model.auxiliary import Auxiliary
 from titan.model.parameters import num_parameters
-from titan.observe.metrics import EvalMetric, StepMetric
+from titan.observe.metrics import EvalMetric, Metric, StepMetric, to_line
 from titan.ops.choose import choices
 from titan.parallel.host_transport import own_address
 from titan.parallel.world import join_world
@@ -44,7 +44,7 @@ class RoleRank(ABC):
         self.step = 0
         self.stopping, self.pausing = threading.Event(), threading.Event()
         self.paused = False
-        self.news: queue.SimpleQueue[StepMetric | EvalMetric | dict[str, Any]] = queue.SimpleQueue()
+        self.outbox = Outbox()
         self.store: TCPStore | None = None
         self.train_seconds, self.tokens_here = 0.0, 0
         self.stragglers = StragglerWatch(spec.expected_busy_s)
@@ -136,6 +136,7 @@ class RoleRank(ABC):
             "precision": settings.precision,
             "corpus": self.spec.corpus_folder.name,
             "state": trainer_state(self.trainer) | {"train_seconds": self.train_seconds} | self.own_state(),
+            UNTOLD: [to_line(metric) for metric in self.outbox.metrics()],
         }
         self.checkpoints.save(self.step, trainer_pieces(self.trainer), manifest)
         self.saved_step = self.step
@@ -194,15 +195,15 @@ class RoleRank(ABC):
         self.paused = result.votes[0] == PAUSE
         return result.votes[0] > 0
 
-    def tell(self, news: StepMetric | EvalMetric) -> None:
+    def tell(self, metric: Metric) -> None:
         """Queue a metric for the driver; only the lead speaks."""
         if self.world.is_lead:
-            self.news.put(news)
+            self.outbox.put(metric)
 
     def tell_event(self, event: str, **fields: Any) -> None:
         """Queue an event for the driver."""
         if self.world.is_lead:
-            self.news.put({"event": event, "role": self.spec.role, **fields})
+            self.outbox.put({"event": event, "role": self.spec.role, **fields})
 
     def step_metric(self, result: StepResult, loss: float, **student: Any) -> StepMetric:
         """A step's metric; students add what they know of labels."""
@@ -228,12 +229,9 @@ class RoleRank(ABC):
         """Ask the role to stop after the step it is in; not for good if it goes on in another layout."""
         (self.stopping if for_good else self.pausing).set()
 
-    def take_news(self) -> list[StepMetric | EvalMetric | dict[str, Any]]:
-        """Everything queued since the last call."""
-        items = []
-        while not self.news.empty():
-            items.append(self.news.get())
-        return items
+    def take_news(self, heard: int) -> tuple[int, list[News]]:
+        """News from number `heard` on, those before having arrived, and the number of the next to come."""
+        return self.outbox.take(heard)
 
     def leave(self) -> None:
         """Leave the world."""

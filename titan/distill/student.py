@@ -196,11 +196,11 @@ class StudentRank(RoleRank):
             waited = time.perf_counter() - begin
             stopped = self._learn_step(commit, blocks, size, reader.last_committed - commit.step, waited)
             self.train_seconds += time.perf_counter() - begin
-            if self.step % self.config.checkpoint.every_steps == 0:
-                self.save_checkpoint()
             every = self.config.eval.every_steps
             if every and self.step % every == 0 and self.step < total:
                 self.evaluate()
+            if self.step % self.config.checkpoint.every_steps == 0:
+                self.save_checkpoint()
         return self.step < total
 
     def _learn_step(self, commit: Commit, blocks: list[LabelBlock], size: int, lag: int, waited: float) -> bool:

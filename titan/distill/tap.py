@@ -3,7 +3,7 @@
 import numpy as np
 from torch import Tensor
 
-from titan.config.settings import LabelSettings
+from titan.config.distillation import LabelSettings
 from titan.distill.codec.raw import RawLabels
 from titan.tasks.causal_lm import LabelWish
 from titan.tasks.teacher_hidden import TeacherHidden

@@ -52,10 +52,10 @@ class TeacherRank(RoleRank):
             self.tell(self.step_metric(result, result.cross_entropy))
             stopped = self.heed(result)
             every = config.eval.every_steps
-            if self.step % config.checkpoint.every_steps == 0:
-                self.save_checkpoint()
             if every and self.step % every == 0 and self.step < total:
                 self.evaluate()
+            if self.step % config.checkpoint.every_steps == 0:  # after all that is to be known of the step
+                self.save_checkpoint()
         if self.publisher is not None and not (self.paused and self.step < total):
             self.publisher.end(STOPPED if self.step < total else FINISHED)
         return self.finish(self.step < total, {})

@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from torch import Tensor, nn
 
-from titan.config.settings import ModelSettings
+from titan.config.model import ModelSettings
 from titan.model.layer_spec import Attention, RMSNorm
 from titan.model.parameters import INIT_STD, ParameterSpec, query_key_value_spec
 

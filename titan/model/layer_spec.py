@@ -14,7 +14,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from titan.config.settings import ModelSettings
+from titan.config.model import ModelSettings
 from titan.ops.attention import Visibility, attention
 from titan.ops.norm import residual_rms_norm, rms_norm
 from titan.ops.rope import rope

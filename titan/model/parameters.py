@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from titan.config.settings import VOCAB_MULTIPLE, ModelSettings
+from titan.config.model import VOCAB_MULTIPLE, ModelSettings
 
 INIT_STD = 0.02
 

@@ -10,7 +10,7 @@ from megatron.core.transformer import build_module
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from titan.config.settings import ModelSettings
+from titan.config.model import ModelSettings
 from titan.model.auxiliary import Auxiliary, AuxiliaryLayer
 from titan.model.capture import HEADS, NOTHING, Capture, Features, named_features
 from titan.model.layer_spec import RMSNorm, layer_spec, transformer_config

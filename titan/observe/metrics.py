@@ -1,7 +1,8 @@
 """Metrics of a run: one line a step or evaluation of a role in metrics.jsonl, the same numbers in TensorBoard."""
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -91,6 +92,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
         self._tensorboard = folder / "tensorboard"
         self._writers: dict[str, Any] = {}
         self._file = open_lines(folder / FILE)
@@ -101,6 +103,15 @@ class MetricsLog:
         if metric.role not in self._writers:
             self._writers[metric.role] = _event_writer(self._tensorboard / metric.role)
         self._writers[metric.role].add_event(_tensorboard_event(metric))
+
+    def write_missing(self, lines: Sequence[str]) -> None:
+        """Append metrics, given as their lines, that are not there yet: a role was killed before it could tell them."""
+        if not lines:
+            return
+        there = {(metric.role, metric.kind, metric.step) for metric in read_metrics(self._folder)}
+        for metric in (_from_record(json.loads(line), self._folder / FILE) for line in lines):
+            if (metric.role, metric.kind, metric.step) not in there:
+                self.write(metric)
 
     def close(self) -> None:
         """Flush and close all files; closing twice does nothing."""
@@ -146,6 +157,11 @@ def read_metrics(folder: Path) -> list[Metric]:
         newest.pop(key, None)  # so that the order is that of the lines that count
         newest[key] = metric
     return list(newest.values())
+
+
+def to_line(metric: Metric) -> str:
+    """As in metrics.jsonl, without the line end."""
+    return to_json(_to_record(metric))
 
 
 def _to_record(metric: Metric) -> Record:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan.config.settings import LabelSettings, LayoutSettings, ModelSettings, RunConfig, StudentSettings
+from titan.config.distillation import LabelSettings
+from titan.config.model import LayoutSettings, ModelSettings
+from titan.config.settings import RunConfig, StudentSettings
 from titan.observe import figure, words
 from titan.observe.events import event_text, event_time_s, read_events
 from titan.observe.files import Record, read_config, read_json, write_whole

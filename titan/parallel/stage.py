@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
-from titan.config.settings import ModelSettings
+from titan.config.model import ModelSettings
 from titan.model.auxiliary import Auxiliary, auxiliary_specs
 from titan.model.parameters import ParameterSpec, initial_value, parameter_specs
 from titan.model.stage import Blocks, StageModel, gradient_buffer

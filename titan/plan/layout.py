@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from titan.config.settings import LayoutSettings, ModelSettings, RunConfig, StageSettings
+from titan.config.model import LayoutSettings, ModelSettings, StageSettings
+from titan.config.settings import RunConfig
 from titan.plan.schedule import Schedule, ScheduleName, make_schedule
 
 EMBEDDING = "embedding"

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from titan.config.model import VOCAB_MULTIPLE
 from titan.config.planning import BlockSettings, PeakSettings, ProfileSettings, ShapeSettings, TaskSettings
-from titan.config.settings import VOCAB_MULTIPLE
 from titan.errors import ConfigError
 
 BlockKind = Literal["embedding", "layer", "head"]

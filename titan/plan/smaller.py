@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 
 from titan.config.check_layout import layout_mistakes
-from titan.config.settings import DataSettings, LayoutSettings, Role
+from titan.config.model import LayoutSettings
+from titan.config.settings import DataSettings, Role
 from titan.plan.layout import Layout, make_layout
 
 

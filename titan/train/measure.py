@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from titan.config.model import OptimizerSettings
 from titan.config.planning import BlockSettings, ShapeSettings, TaskSettings
-from titan.config.settings import OptimizerSettings
 from titan.model.stage import gradient_buffer, rope_table
 from titan.ops.head import Objective
 from titan.parallel.edge import Tensors

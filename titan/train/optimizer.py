@@ -10,7 +10,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from titan.config.settings import OptimizerSettings
+from titan.config.model import OptimizerSettings
 from titan.parallel.stage import ParallelStage
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from titan.config.settings import LayoutSettings, ModelSettings, OptimizerSettings, Precision
+from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings, Precision
 from titan.model.auxiliary import Auxiliary
 from titan.model.capture import Capture
 from titan.model.stage import rope_table

@@ -1,7 +1,8 @@
 """What the settings of a run ask of features: of which layers, which of them, and how much each loss counts."""
 
 from titan.config.check_features import default_relation_heads
-from titan.config.settings import TEACHER, ModelSettings, RunConfig, StudentSettings
+from titan.config.model import ModelSettings
+from titan.config.settings import TEACHER, RunConfig, StudentSettings
 from titan.distill.features.losses import FeatureObjective
 from titan.model.auxiliary import Auxiliary
 from titan.model.capture import Capture, FeatureName

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from titan.config.settings import ModelSettings
+from titan.config.model import ModelSettings
 from titan.errors import LabelError
 from titan.model.capture import FeatureName, Features
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from titan.config.model import VOCAB_MULTIPLE, LayoutSettings, StageSettings
 from titan.config.planning import SearchSettings
-from titan.config.settings import VOCAB_MULTIPLE, LayoutSettings, StageSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs
 from titan.plan.fleet import Kind

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from titan.config.model import LayoutSettings
 from titan.config.planning import SearchSettings
-from titan.config.settings import LayoutSettings
 from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import make_layout
 from titan.plan.search.bottleneck import FIRST, LAST, PLAIN, limits_of

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from titan.config.model import LayoutSettings, StageSettings
 from titan.config.planning import SearchSettings
-from titan.config.settings import LayoutSettings, StageSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs
 from titan.plan.layout import Layout, even_split, make_layout

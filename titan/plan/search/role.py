@@ -8,8 +8,8 @@ from functools import cached_property
 from math import inf
 from typing import Any
 
+from titan.config.model import LayoutSettings
 from titan.config.planning import SearchSettings
-from titan.config.settings import LayoutSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import Layout, Stage

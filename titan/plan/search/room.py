@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from titan.config.model import LayoutSettings
 from titan.config.planning import SearchSettings
-from titan.config.settings import LayoutSettings
 from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import make_layout
 from titan.plan.search.bottleneck import PLAIN, bottleneck, memory_layers

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
+from titan.config.model import LayoutSettings
 from titan.config.planning import SearchSettings
-from titan.config.settings import LayoutSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import Layout, make_layout

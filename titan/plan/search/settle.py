@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from titan.config.model import LayoutSettings
 from titan.config.planning import SearchSettings
-from titan.config.settings import LayoutSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs, Prediction
 from titan.plan.layout import make_layout

@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from titan.config.settings import LayoutSettings, StageSettings
+from titan.config.model import LayoutSettings, StageSettings
 from titan.errors import ConfigError
 from titan.plan.cost import Costs
 
