@@ -6,7 +6,7 @@ PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
 KERNELS := setup.py $(shell find kernels/csrc -type f)
 
-.PHONY: install quickstart test test-fast test-long chaos lint gpu-smoke prove prove-quality docs bench bench-kernels bench-plan clean
+.PHONY: install quickstart test test-fast test-long chaos lint gpu-smoke prove prove-quality docs bench bench-kernels bench-plan bench-speed clean
 
 install: $(READY)
 
@@ -65,7 +65,16 @@ bench-plan: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.prediction
 	$(BIN)/python -W ignore -m benchmarks.mixed_gain
 
-bench: bench-kernels bench-plan
+# Students and teacher against TRL, which gets an environment of its own.
+.venv-peers/.ready: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+bench-speed: $(READY) .venv-peers/.ready
+	$(BIN)/python -W ignore -m benchmarks.speed
+
+bench: bench-kernels bench-plan bench-speed
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape small
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape medium
 	$(BIN)/python -W ignore -m benchmarks.ray_overhead
@@ -80,4 +89,4 @@ prove-quality: $(READY)
 	$(BIN)/python -W ignore -m benchmarks.quality
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-peers build dist *.egg-info kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

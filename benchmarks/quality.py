@@ -4,7 +4,7 @@
 
 A teacher of 5.0M parameters (V 4,096) learns 2.87M tokens of Python's standard library, one epoch, and writes its last
 hidden states as labels. `titan labels recode` makes logs of 36 bytes a token from them. Students of a quarter of its
-size learn the last 2.05M of these tokens, each from one log, all with `titan run` and `teacher.source = "log:..."`:
+size learn the last 1.23M of these tokens, each from one log, all with `titan run` and `teacher.source = "log:..."`:
 
     control        text alone
     full           KL to the whole distribution (codec hidden)
@@ -37,7 +37,7 @@ from titan.config.settings import RunConfig
 from titan.observe.files import read_json
 from titan.observe.metrics import EvalMetric, read_metrics
 
-STEPS, START = 1400, 400
+STEPS, START = 1400, 800
 """Of the teacher: 16 samples of 128 tokens each; and after which of them students start."""
 EVALUATIONS = 5
 PICTURE = Path(__file__).parents[1] / "docs" / "quality.png"
@@ -124,7 +124,7 @@ class Experiment:
                 "checkpoint": {"every_steps": 50},
                 "eval": {
                     "every_steps": 0 if log is None else (self.steps - self.start) // EVALUATIONS,
-                    "samples": max(64, min(1000, round(1000 * self.scale))),
+                    "samples": max(64, min(600, round(600 * self.scale))),
                 },
                 "cluster": {"device": "cpu", "step_timeout_s": WAIT_S, "start_timeout_s": WAIT_S},
                 "recovery": {"hang_timeout_s": 600.0},
@@ -136,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of students' initial weights")
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of steps")
-    parser.add_argument("--work", type=Path, help="folder for runs and logs, 5 GB at scale 1 (runs/quality)")
+    parser.add_argument("--work", type=Path, help="folder for runs and logs, 4 GB at scale 1 (runs/quality)")
     options = parser.parse_args()
     work = options.work or Path("runs/quality" if options.scale == 1.0 else f"runs/quality-{options.scale:g}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended with this
