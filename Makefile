@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 READY := $(VENV)/.ready
+PARALLEL := -n 2 --dist loadfile
 KERNELS := setup.py $(shell find kernels/csrc -type f)
 
 .PHONY: install quickstart test test-fast test-long chaos lint gpu-smoke prove prove-quality docs bench bench-kernels bench-plan bench-speed clean
@@ -28,10 +29,10 @@ quickstart: $(READY)
 	$(BIN)/titan run configs/quickstart.toml --overwrite
 
 test: $(READY)
-	$(BIN)/pytest tests -m "not long"
+	$(BIN)/pytest tests -m "not long" $(PARALLEL)
 
 test-fast: $(READY)
-	$(BIN)/pytest tests -m "not slow"
+	$(BIN)/pytest tests -m "not slow" $(PARALLEL)
 
 # Real Slurm, mpirun, hosts as network namespaces, lost hosts, chaos. Needs root, and slurm-wlm, munge and iproute2 of
 # Debian; what is not there is skipped and says so.
