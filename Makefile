@@ -39,10 +39,12 @@ test-fast: $(READY)
 test-long: $(READY)
 	$(BIN)/pytest tests -m long
 
-# Kills and hangs of students and label service in one run, against the same run undisturbed; then of the teacher too.
+# Kills and hangs of students and label service in one run, against the same run undisturbed; then of the teacher too;
+# then over three hosts (as root), of hosts, links, disk, Ray and driver as well.
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos --faults 50 --json benchmarks/results/chaos.json
 	$(BIN)/python -m tests.chaos --faults 30 --roles all --json benchmarks/results/chaos_all.json
+	$(BIN)/python -m tests.chaos --hosts 3 --faults 30 --steps 300 --json benchmarks/results/chaos_hosts.json
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -80,6 +82,7 @@ bench: bench-kernels bench-plan bench-speed
 	$(BIN)/python -W ignore -m benchmarks.single_process --shape medium
 	$(BIN)/python -W ignore -m benchmarks.ray_overhead
 	$(BIN)/python -W ignore -m benchmarks.label_service
+	$(BIN)/python -W ignore -m benchmarks.recovery
 
 # What takes longer than `make test`: every test, every benchmark, and what distillation gives over three seeds.
 prove: test test-long chaos bench

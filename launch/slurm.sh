@@ -6,6 +6,7 @@
 #SBATCH --job-name=titan
 #SBATCH --ntasks-per-node=1
 #SBATCH --signal=B:TERM@300
+# Seconds before the limit; recovery.grace_s, which is 240, has to be half a minute less.
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=titan-%j.log

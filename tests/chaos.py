@@ -1,10 +1,14 @@
 """Faults of all kinds during one training, compared with the same training undisturbed.
 
     python -m tests.chaos --faults 50 [--steps 1500] [--seed 1] [--roles students | all] [--json FILE]
+    python -m tests.chaos --hosts 3 --faults 30 --steps 300
 
 Students and the label service are killed (SIGKILL) and hung (SIGSTOP) at random moments; with `--roles all` the
 teacher too. In the end all weights must be those of the undisturbed run bit for bit, the audit clean, and no process
 left. Where the teacher is left alone, its step times are compared as well.
+
+With `--hosts 3` the run is on three hosts (network namespaces, so as root), and hosts, links, disk, Ray and the driver
+fail too (tests/hosts/chaos.py); layouts change with the hosts, so losses agree within rounding, not in bits.
 """
 
 import argparse
@@ -20,8 +24,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 
+from tests.hosts.chaos import hosts_chaos
+from tests.hosts.namespaces import require_namespaces
 from tests.runs import kill_tree, placed, processes_under, start_titan, titan, wait_for_step, weights, write_tiny_config
 from titan.observe.events import read_events
 from titan.observe.metrics import StepMetric, read_metrics
@@ -133,12 +140,23 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--roles", choices=("students", "all"), default="students")
+    parser.add_argument("--hosts", type=int, choices=(1, 3), default=1)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    if asked.hosts > 1:
+        try:
+            require_namespaces()
+        except pytest.skip.Exception as missing:
+            print(missing, file=sys.stderr)
+            return 0
     victims = (*STUDENTS, SERVICE, *(("teacher",) if asked.roles == "all" else ()))
     with tempfile.TemporaryDirectory(prefix="titan-chaos-") as folder:
         place = Path(folder) / "work"
-        result = chaos(place, asked.faults, asked.steps, asked.seed, victims, timeout_s=3000.0)
+        result = (
+            chaos(place, asked.faults, asked.steps, asked.seed, victims, timeout_s=3000.0)
+            if asked.hosts == 1
+            else hosts_chaos(place, asked.faults, asked.steps, asked.seed, timeout_s=3000.0)
+        )
     text = json.dumps(asdict(result), indent=1)
     print(text)
     if asked.json is not None:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from titan.observe.events import read_events
 
 TEXT_MODULES = ("argparse", "ast", "typing", "enum", "inspect", "pathlib", "pickle", "random", "socket", "tarfile")
-RUN_TIMEOUT_S = 150.0
+RUN_TIMEOUT_S = 240.0
+WAIT_S = 180.0
 
 TINY = """
 [run]
@@ -79,7 +80,9 @@ def start_titan(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=cwd, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
-def wait_for_step(folder: Path, role: str, step: int, process: subprocess.Popen[str], timeout_s: float = 90.0) -> None:
+def wait_for_step(
+    folder: Path, role: str, step: int, process: subprocess.Popen[str], timeout_s: float = WAIT_S
+) -> None:
     """Wait until a role has reported a step."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
@@ -100,7 +103,7 @@ def wait_for_step(folder: Path, role: str, step: int, process: subprocess.Popen[
 
 
 def wait_for_events(
-    folder: Path, event: str, count: int, process: subprocess.Popen[str], timeout_s: float = 90.0
+    folder: Path, event: str, count: int, process: subprocess.Popen[str], timeout_s: float = WAIT_S
 ) -> None:
     """Wait until a run has told so many events of a kind."""
     deadline = time.monotonic() + timeout_s

@@ -500,6 +500,7 @@ def test_a_manifest_comes_back(tmp_path: Path) -> None:
         ({"temperature": 2.0}, "at another temperature", "write follow"),
         ({"seed": 8}, "another seed", "write follow"),
         ({"start_step": 4}, "another step", "write"),
+        ({"weights": "ef" * 32}, "frozen with other weights", "write"),
     ],
 )
 def test_a_log_that_does_not_fit_is_refused_with_the_reason(

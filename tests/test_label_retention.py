@@ -12,12 +12,14 @@ from titan.distill.log.retention import (
     KEPT,
     Kept,
     Retention,
+    drop_before,
     first_kept,
     read_places,
+    read_position,
     remove_place,
     retain,
-    wait_for_room,
     write_place,
+    write_position,
 )
 from titan.distill.log.segment import parts_of, scan, segments_of
 from titan.distill.log.verify import verify_log
@@ -70,7 +72,7 @@ def test_what_the_slowest_reader_has_not_learned_is_kept(tmp_path: Path, slowest
     before = size_of(tmp_path)
     for name, step in (("small", slowest), ("tiny", 20)):
         write_place(tmp_path, name, step)
-    kept = retain(tmp_path, Retention("slowest"))
+    kept = retain(tmp_path, Retention("needed"))
     assert kept.first_step <= slowest + 1 and not kept.overtaken
     assert steps_there(tmp_path) >= set(range(slowest + 1, 21)) | {20}
     for part in parts_of(tmp_path):
@@ -91,17 +93,17 @@ def verify_findings(folder: Path) -> list[str]:
 
 def test_without_readers_nothing_is_dropped_and_an_expected_reader_needs_everything(tmp_path: Path) -> None:
     log_of(tmp_path)
-    assert retain(tmp_path, Retention("slowest")).dropped_bytes == 0
+    assert retain(tmp_path, Retention("needed")).dropped_bytes == 0
     write_place(tmp_path, "small", 20)
-    assert retain(tmp_path, Retention("slowest"), expected=["small", "late"]).dropped_bytes == 0
-    assert retain(tmp_path, Retention("slowest"), expected=["small"]).dropped_bytes > 0
+    assert retain(tmp_path, Retention("needed"), expected={"small": 0, "late": 0}).dropped_bytes == 0
+    assert retain(tmp_path, Retention("needed"), expected={"small": 0}).dropped_bytes > 0
 
 
 def test_a_part_of_an_older_layout_is_dropped_whole(tmp_path: Path) -> None:
     log_of(tmp_path, 6, dp=2)
     Producer(tmp_path, 1, segment_bytes=400).steps(7, 20).close()
     write_place(tmp_path, "small", 15)
-    retain(tmp_path, Retention("slowest"))
+    retain(tmp_path, Retention("needed"))
     assert segments_of(tmp_path, 1) == [] and steps_there(tmp_path) >= set(range(16, 21))
 
 
@@ -131,30 +133,58 @@ def test_stop_says_who_is_slowest_and_drops_nothing(tmp_path: Path) -> None:
     assert set(snapshot(tmp_path)) == set(before) | {"readers/small.json"}
 
 
-def test_wait_goes_on_once_the_readers_have_made_room(tmp_path: Path) -> None:
+def test_a_full_log_that_waits_has_room_once_its_readers_have_learned_enough(tmp_path: Path) -> None:
     log_of(tmp_path)
-    rule = Retention("slowest", size_of(tmp_path) // 2, "wait")
-    write_place(tmp_path, "small", 2)
-    looks = 0
-
-    def learn() -> bool:
-        nonlocal looks
-        looks += 1
-        write_place(tmp_path, "small", 2 + 3 * looks)
-        return False
-
-    kept, seconds = wait_for_room(tmp_path, rule, give_up=learn, pause_s=0.01)
-    assert not kept.full and kept.size_bytes <= rule.max_bytes == size_of(tmp_path) + rule.max_bytes - kept.size_bytes
-    assert looks >= 2 and seconds >= 0.02
-    log_of(tmp_path, 40)
-    assert wait_for_room(tmp_path, rule, give_up=lambda: True, pause_s=0.01)[0].full
+    rule = Retention("needed", size_of(tmp_path) // 2, "wait")
+    fulls = []
+    for step in range(2, 21):
+        write_place(tmp_path, "small", step)
+        fulls.append(retain(tmp_path, rule).full)
+    assert fulls == sorted(fulls, reverse=True) and fulls[0] and not fulls[-1]
+    assert size_of(tmp_path) <= rule.max_bytes
+    assert retain(tmp_path, Retention("needed", rule.max_bytes, "wait", room_bytes=rule.max_bytes)).full is False, (
+        "nothing more could go"
+    )
 
 
-def test_wait_ends_where_nothing_could_be_freed(tmp_path: Path) -> None:
+def test_a_log_with_one_segment_is_not_waited_for(tmp_path: Path) -> None:
     log_of(tmp_path, 2)
-    assert not retain(tmp_path, Retention("slowest", 10, "wait"), expected=["small"]).full
+    assert not retain(tmp_path, Retention("needed", 10, "wait"), expected={"small": 0}).full
     with pytest.raises(ConfigError, match="no reader could ever make room"):
         Retention("all", 10, "wait")
+
+
+def test_room_for_the_next_step_is_made_before_it_comes(tmp_path: Path) -> None:
+    log_of(tmp_path)
+    limit = size_of(tmp_path)
+    assert retain(tmp_path, Retention("all", limit, "drop")).dropped_bytes == 0
+    kept = retain(tmp_path, Retention("all", limit, "drop", room_bytes=limit // 2))
+    assert kept.size_bytes <= limit - limit // 2
+
+
+def test_an_expected_reader_needs_nothing_before_its_start(tmp_path: Path) -> None:
+    log_of(tmp_path)
+    kept = retain(tmp_path, Retention("needed"), expected={"late": 12})
+    assert 1 < kept.first_step <= 13 and steps_there(tmp_path) >= set(range(13, 21))
+
+
+def test_steps_before_one_are_dropped_where_a_copy_follows_its_log(tmp_path: Path) -> None:
+    log_of(tmp_path)
+    drop_before(tmp_path, 9)
+    assert first_kept(tmp_path) == 9 and steps_there(tmp_path) >= set(range(9, 21))
+    before = snapshot(tmp_path)
+    drop_before(tmp_path, 4)
+    assert snapshot(tmp_path) == before, "what is gone stays gone"
+
+
+def test_a_position_is_the_newest_that_was_told(tmp_path: Path) -> None:
+    assert read_position(tmp_path, "small") is None
+    for step in (3, 12, 5):  # it goes back where a student starts again
+        write_position(tmp_path, "small", step)
+        assert read_position(tmp_path, "small") == step
+    assert read_places(tmp_path) == {}, "it holds no label back"
+    (tmp_path / "readers" / "small.at").write_bytes(b"")
+    assert read_position(tmp_path, "small") is None
 
 
 def dropped(folder: Path) -> LabelReader:
@@ -165,7 +195,7 @@ def dropped(folder: Path) -> LabelReader:
     assert commit is not None
     reader.read(commit)
     write_place(folder, "tiny", 10)
-    assert retain(folder, Retention("slowest")).first_step > 3
+    assert retain(folder, Retention("needed")).first_step > 3
     return reader
 
 
@@ -186,7 +216,7 @@ def test_a_step_that_is_dropped_between_its_commit_and_its_reading_says_so(tmp_p
     reader = LabelReader(tmp_path, 1.0)
     commit = reader.wait_commit(3)
     write_place(tmp_path, "tiny", 20)
-    retain(tmp_path, Retention("slowest"))
+    retain(tmp_path, Retention("needed"))
     assert commit is not None
     with pytest.raises(DroppedError, match=r"step 3 was dropped .* is the first there"):
         reader.read(commit)
@@ -200,7 +230,7 @@ def test_a_reader_in_a_segment_that_is_deleted_reads_on(tmp_path: Path) -> None:
     reader.read(commits[0])
     open_segment = reader.parts[0].path
     write_place(tmp_path, "tiny", 20)
-    retain(tmp_path, Retention("slowest"))
+    retain(tmp_path, Retention("needed"))
     assert open_segment is not None and not open_segment.exists()
     assert_whole(reader.read(commits[0])[0], 3)
 
@@ -209,7 +239,7 @@ def test_a_reader_in_a_segment_that_is_deleted_reads_on(tmp_path: Path) -> None:
 def test_a_crash_while_dropping_is_cleaned_up(tmp_path: Path, when: str) -> None:
     files = snapshot(log_of(tmp_path / "log"))
     write_place(tmp_path / "log", "tiny", 11)
-    retain(tmp_path / "log", Retention("slowest"))
+    retain(tmp_path / "log", Retention("needed"))
     after = snapshot(tmp_path / "log")
     gone = sorted(set(files) - set(after))
     assert len(gone) > 8
@@ -228,7 +258,7 @@ def test_a_crash_while_dropping_is_cleaned_up(tmp_path: Path, when: str) -> None
 def test_damaged_small_files_are_named(tmp_path: Path, name: str, look: Callable[[Path], object]) -> None:
     log_of(tmp_path)
     write_place(tmp_path, "small", 12)
-    retain(tmp_path, Retention("slowest"))
+    retain(tmp_path, Retention("needed"))
     data = (tmp_path / name).read_bytes()
     for place in range(len(data)):
         flip(tmp_path / name, place, bit=place % 8)

@@ -176,6 +176,18 @@ def test_the_entrypoint_waits_for_the_nodes_there_are_and_the_run_fits_them(fold
     assert all(left >= 0 for left in slots.values()), slots
 
 
+@pytest.mark.parametrize("folder", OVERLAYS)
+def test_pods_leave_a_run_its_grace_before_they_end(folder: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(rendered(folder)["ConfigMap"]["data"]["run.toml"])
+    grace_s = load_config(tmp_path / "run.toml").recovery.grace_s
+    for name, pod in pods(folder).items():
+        if name == "submitter":
+            continue
+        command = pod["spec"]["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        assert command[:3] == ["python", "-m", "titan.cluster.drain"]
+        assert grace_s + 30 <= int(command[3]) < pod["spec"]["terminationGracePeriodSeconds"], name
+
+
 def test_the_export_names_the_run_and_a_student_of_the_overlays(tmp_path: Path) -> None:
     words = rendered("export")["Job"]["spec"]["template"]["spec"]["containers"][0]["args"]
     for folder in OVERLAYS:

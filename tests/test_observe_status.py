@@ -9,15 +9,17 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from titan.errors import RunError
+from titan.observe import status as status_module
 from titan.observe.events import EventLog
 from titan.observe.files import Record, read_config
+from titan.observe.heartbeat import FILE, LATE_S, Beat, Heartbeat, read_beat, this_machine
 from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric
 from titan.observe.progress import waits
 from titan.observe.status import driver_lives, print_status, read_status, restart_lines
@@ -136,6 +138,63 @@ def test_a_run_of_another_host_that_says_nothing_is_quiet(tmp_path: Path) -> Non
     status = read_status(tmp_path)
     assert (status.state, status.detail) == ("quiet", "no news for 42 s from elsewhere")
     assert "no step for 42 s" in printed(tmp_path)
+
+
+def leave_beat(folder: Path, ago_s: float, host: str, machine: str, pid: int) -> None:
+    (folder / FILE).write_text(json.dumps(asdict(Beat(time.time() - ago_s, host, machine, pid))))
+
+
+def test_a_driver_on_another_host_lives_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:
+    """Also one whose host has the same name: its process id means nothing here."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for folder, host in ((tmp_path / "a", "elsewhere"), (tmp_path / "b", socket.gethostname())):
+        folder.mkdir()
+        make_run(folder, host=host, pid=dead.pid)
+        leave_beat(folder, LATE_S - 5, host, "another machine", dead.pid)
+        assert read_status(folder).state == "running"
+        age(folder, 42)
+        assert read_status(folder).state == "quiet"
+        leave_beat(folder, LATE_S + 15, host, "another machine", dead.pid)
+        found = read_status(folder)
+        gone = f"its driver (pid {dead.pid} on {host}) has given no sign of life for 1m15s; `titan resume` continues it"
+        assert (found.state, found.detail) == ("failed", gone)
+
+
+def test_on_the_machine_of_the_driver_the_system_knows_better_than_its_heartbeat(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    leave_beat(tmp_path, 3600, socket.gethostname(), this_machine(), os.getpid())  # a disk that is full
+    assert read_status(tmp_path).state == "running"
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    make_run(tmp_path, pid=child.pid)
+    leave_beat(tmp_path, 0, socket.gethostname(), this_machine(), child.pid)
+    assert read_status(tmp_path).state == "failed"
+
+
+def test_a_heartbeat_goes_on_whatever_the_driver_waits_for_and_tells_other_machines_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Heartbeat(tmp_path, every_s=0.02):
+        first = read_beat(tmp_path)
+        assert first is not None and (first.host, first.pid) == (socket.gethostname(), os.getpid())
+        deadline = time.monotonic() + 20
+        while read_beat(tmp_path) == first and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert read_beat(tmp_path) != first
+    last = read_beat(tmp_path)
+    time.sleep(0.1)
+    assert read_beat(tmp_path) == last, "it ends with its block"
+    events = make_run(tmp_path)
+    assert (first.machine, read_status(tmp_path).state) == (this_machine(), "running")
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")  # the same folder, looked at from there
+    monkeypatch.setattr(status_module, "this_machine", lambda: "another machine")
+    monkeypatch.setattr(status_module, "driver_lives", lambda started: False)
+    assert read_status(tmp_path).state == "running"
+    leave_beat(tmp_path, LATE_S + 1, first.host, first.machine, first.pid)
+    assert read_status(tmp_path).state == "failed"
+    events.emit("run_finished", status="stopped")
+    assert read_status(tmp_path).state == "stopped"
 
 
 def test_a_run_that_was_asked_to_stop_says_so(tmp_path: Path) -> None:

@@ -44,7 +44,17 @@ class PeerLostError(WorkerError):
     """A rank noticed that another is gone: what happened there is the cause."""
 
 
+class OvertakenError(RunError):
+    """A rank that was given up has come back, and another writes for its role now."""
+
+
 class StoppedError(TitanError):
     """The run was asked to stop and did; it can be resumed."""
 
     exit_code = 130
+
+
+class OutOfTimeError(StoppedError):
+    """The grace after SIGTERM was over before every role had saved; steps since the last checkpoints are lost."""
+
+    exit_code = 143

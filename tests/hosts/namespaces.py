@@ -25,12 +25,12 @@ hostname {name}
 mount --make-rprivate /
 mount -t tmpfs -o size=1g tmpfs /dev/shm
 mount --bind {folder}/{name}/hosts /etc/hosts
-mount --bind {folder} /mnt
+mount --rbind {folder} /mnt
 mount --bind /mnt/{name}/tmp /tmp
 mkdir -p {folder}
-mount --bind /mnt {folder}
+mount --rbind /mnt {folder}
 mount --bind {folder}/{name}/private {folder}/private
-umount /mnt
+umount -R /mnt
 ip link set lo up
 """
 """/tmp is private, so the folder that holds it is put back at its place in it."""
@@ -44,6 +44,8 @@ class Host:
     address: str
     folder: Path
     """Seen by all hosts at the same path; `folder/private` is another one on each."""
+    switch: int
+    """Process that holds the network namespace of the switch."""
     init: "subprocess.Popen[bytes]"
     pid: int
     """Of the process that holds the namespaces."""
@@ -90,6 +92,14 @@ class Host:
         os.kill(self.pid, signal.SIGKILL)
         self.init.wait(WAIT_S)
 
+    def boot(self) -> None:
+        """A host that was killed is there again, with its address and its files, and no process."""
+        for process in self.processes:
+            process.wait(WAIT_S)
+        self.processes.clear()
+        self.init, self.pid = _make_namespaces()
+        _set_up(self)
+
     def unplug(self) -> None:
         """Its link goes down; its processes live on."""
         _do(*self.command("ip", "link", "set", "eth0", "down"))
@@ -97,6 +107,7 @@ class Host:
     def plug_in(self) -> None:
         """Its link comes up again."""
         _do(*self.command("ip", "link", "set", "eth0", "up"))
+        _do(*self.command("ip", "route", "replace", "default", "dev", "eth0"))  # it went with the link
 
     def cap(self, megabit_per_s: int) -> None:
         """Limit what it sends."""
@@ -115,10 +126,16 @@ def require_namespaces() -> None:
 
 
 @contextmanager
-def hosts(count: int) -> Iterator[list[Host]]:
-    """Hosts h0, h1, ... on one switch. When it ends, so has everything on them."""
+def hosts(count: int, shared_bytes: int | None = None) -> Iterator[list[Host]]:
+    """Hosts h0, h1, ... on one switch. When it ends, so has everything on them.
+
+    shared_bytes: `folder/shared` is a disk of its own, of this size
+    """
     folder = Path(tempfile.mkdtemp(prefix="titan-hosts-", dir="/tmp"))
     (folder / "private").mkdir()
+    if shared_bytes is not None:
+        (folder / "shared").mkdir()
+        _do("mount", "-t", "tmpfs", "-o", f"size={shared_bytes}", "tmpfs", str(folder / "shared"))
     made: list[Host] = []
     switch = None
     try:
@@ -140,6 +157,8 @@ def hosts(count: int) -> Iterator[list[Host]]:
         if switch is not None:
             switch.kill()
             switch.wait(WAIT_S)
+        if shared_bytes is not None:
+            _do("umount", "--lazy", str(folder / "shared"))
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -147,20 +166,35 @@ def _make_host(folder: Path, name: str, address: str, table: str, switch: int) -
     for part in ("tmp", "private"):
         (folder / name / part).mkdir(parents=True)
     (folder / name / "hosts").write_text("127.0.0.1 localhost\n" + table)
+    host = Host(name, address, folder, switch, *_make_namespaces())
+    _set_up(host)
+    return host
+
+
+def _make_namespaces() -> "tuple[subprocess.Popen[bytes], int]":
+    """New namespaces, and the process that holds them."""
     init = subprocess.Popen(
         ["unshare", *ALL, "--fork", "--kill-child", "--mount-proc", "sleep", "infinity"],
         start_new_session=True,
         stderr=subprocess.DEVNULL,  # what it says of a child that was killed
     )
-    host = Host(name, address, folder, init, _holder(init, "pid_for_children"))
-    _do(*host.command("bash", "-c", PREPARE.format(name=name, folder=folder)))
-    _do(*_in_switch(switch), "ip", "link", "add", f"to-{name}", "type", "veth", "peer", "name", "eth0",
-        "netns", str(host.pid))  # fmt: skip
-    _do(*_in_switch(switch), "ip", "link", "set", f"to-{name}", "master", "switch", "up")
-    _do(*host.command("ip", "address", "add", f"{address}/24", "dev", "eth0"))
+    return init, _holder(init, "pid_for_children")
+
+
+def _set_up(host: Host) -> None:
+    """Name, folders and link of a host."""
+    _do(*host.command("bash", "-c", PREPARE.format(name=host.name, folder=host.folder)))
+    port, mac = f"to-{host.name}", f"02:00:00:00:00:{int(host.address.rpartition('.')[2]):02x}"  # others remember it
+    deadline = time.monotonic() + WAIT_S
+    while subprocess.run([*_in_switch(host.switch), "ip", "link", "show", port], capture_output=True).returncode == 0:
+        assert time.monotonic() < deadline, f"{port} of a host that was killed is still there"
+        time.sleep(0.05)  # the kernel takes a link away some time after its host
+    _do(*_in_switch(host.switch), "ip", "link", "add", port, "type", "veth", "peer", "name", "eth0",
+        "address", mac, "netns", str(host.pid))  # fmt: skip
+    _do(*_in_switch(host.switch), "ip", "link", "set", port, "master", "switch", "up")
+    _do(*host.command("ip", "address", "add", f"{host.address}/24", "dev", "eth0"))
     _do(*host.command("ip", "link", "set", "eth0", "up"))
     _do(*host.command("ip", "route", "add", "default", "dev", "eth0"))  # so that a host finds its own address
-    return host
 
 
 def _holder(parent: "subprocess.Popen[bytes]", kind: str) -> int:
@@ -169,7 +203,8 @@ def _holder(parent: "subprocess.Popen[bytes]", kind: str) -> int:
     outside = os.readlink(f"/proc/self/ns/{kind}")
     while time.monotonic() < deadline:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-        for pid in (*map(int, children), *(() if kind == "pid_for_children" else (parent.pid,))):
+        pids = [int(child) for child in children]
+        for pid in pids if kind == "pid_for_children" else [*pids, parent.pid]:
             name = Path(f"/proc/{pid}/comm").read_text().strip()
             if name == "sleep" and os.readlink(f"/proc/{pid}/ns/{kind}") != outside:
                 return pid

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from titan.checkpoint.folder import complete_steps, step_folder
+from titan.checkpoint.folder import FROZEN, complete_steps, step_folder
 from titan.checkpoint.llama import llama_config, llama_tensors
 from titan.checkpoint.load import Checkpoint
 from titan.config.environment import user_cache_variable
@@ -57,6 +57,11 @@ def export_role(
     role = _role(config, student)
     _require_room(out)
     checkpoint = _open_checkpoint(run, config, role, step)
+    if FROZEN in checkpoint.manifest:
+        raise ConfigError(
+            f"{run}: its teacher is {checkpoint.manifest[FROZEN]} and was not trained; copy that folder, or export a "
+            "student with --student NAME"
+        )
     model = ModelSettings.model_validate(checkpoint.manifest["model"])
     vocab_size: int = checkpoint.manifest["vocab_size"]
     tokenizer = _find_tokenizer(run, config, checkpoint)

@@ -15,6 +15,8 @@ from titan.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
+FROZEN = "frozen"
+"""Of a manifest: the folder that a model's weights are in, which therefore are not in the checkpoint."""
 
 
 def step_folder(role_folder: Path, step: int) -> Path:

@@ -1,16 +1,18 @@
-"""A checkpoint in the names and shapes of Hugging Face's Llama.
+"""A checkpoint in the names and shapes of Hugging Face's Llama, and back.
 
 Shape letters: H query heads, G key-value heads, D width of a head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from titan.checkpoint.load import Checkpoint
 from titan.config.model import ModelSettings
-from titan.model.parameters import INIT_STD, parameter_specs
+from titan.model.parameters import INIT_STD, padded_vocab, parameter_specs
 
 
 def llama_tensors(checkpoint: Checkpoint, model: ModelSettings, vocab_size: int) -> Iterator[tuple[str, Tensor]]:
@@ -20,6 +22,21 @@ def llama_tensors(checkpoint: Checkpoint, model: ModelSettings, vocab_size: int)
     """
     for name, spec in parameter_specs(model, vocab_size).items():
         yield from _renamed(name, checkpoint.whole("weight", name, spec), model, vocab_size)
+
+
+def llama_parameter(name: str, read: Callable[[str], Tensor], model: ModelSettings, vocab_size: int) -> Tensor:
+    """One whole parameter of ours from the tensors of LlamaForCausalLM: the inverse of `llama_tensors`.
+
+    read: a tensor of theirs by name. Rows that they have beyond the vocabulary are left out, our padding is 0
+    """
+    match name:
+        case "embedding.weight" | "head":
+            rows = read("model.embed_tokens.weight" if name == "embedding.weight" else "lm_head.weight")[:vocab_size]
+            return F.pad(rows, (0, 0, 0, padded_vocab(vocab_size) - vocab_size))
+        case "final_norm.weight":
+            return read("model.norm.weight")
+    _, index, part = name.split(".", 2)
+    return _layer_parameter(part, lambda theirs: read(f"model.layers.{index}.{theirs}.weight"), model)
 
 
 def llama_config(
@@ -88,5 +105,25 @@ def _layer_tensors(part: str, whole: Tensor, model: ModelSettings) -> Iterator[t
             yield "mlp.up_proj", whole[model.ffn :]
         case "mlp.linear_fc2.weight":
             yield "mlp.down_proj", whole
+        case _:
+            raise AssertionError(f"{part} has no place in a Llama model")
+
+
+def _layer_parameter(part: str, read: Callable[[str], Tensor], model: ModelSettings) -> Tensor:
+    """A parameter of a layer; read: a tensor of theirs by its name within the layer."""
+    match part:
+        case "input_layernorm.weight":
+            return read("input_layernorm")
+        case "self_attention.linear_qkv.weight":
+            rows = (model.num_kv_heads, -1, model.hidden // model.heads, model.hidden)
+            return torch.cat([read(f"self_attn.{one}_proj").view(rows) for one in "qkv"], dim=1).view(-1, model.hidden)
+        case "self_attention.linear_proj.weight":
+            return read("self_attn.o_proj")
+        case "pre_mlp_layernorm.weight":
+            return read("post_attention_layernorm")
+        case "mlp.linear_fc1.weight":
+            return torch.cat([read("mlp.gate_proj"), read("mlp.up_proj")])
+        case "mlp.linear_fc2.weight":
+            return read("mlp.down_proj")
         case _:
             raise AssertionError(f"{part} has no place in a Llama model")

@@ -13,6 +13,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
+from titan.checkpoint.fence import Fence
 from titan.checkpoint.folder import MANIFEST, PARTIAL, encode_manifest, keep_newest, step_folder
 from titan.checkpoint.pieces import Piece
 from titan.errors import CheckpointError
@@ -27,8 +28,12 @@ class CheckpointWriter:
     in the background.
     """
 
-    def __init__(self, role_folder: Path, rank: int, ranks: int, keep: int, timeout_s: float):
+    def __init__(
+        self, role_folder: Path, rank: int, ranks: int, keep: int, timeout_s: float, fence: Fence | None = None
+    ):
+        """fence: asked before anything is written; None where nobody else can write"""
         self.role_folder, self.rank, self.ranks, self.keep, self.timeout_s = role_folder, rank, ranks, keep, timeout_s
+        self.fence = fence
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -59,12 +64,14 @@ class CheckpointWriter:
         try:
             final = step_folder(self.role_folder, step)
             partial = final.with_name(final.name + PARTIAL)
+            self._check_fence()
             partial.mkdir(parents=True, exist_ok=True)
             data = save(snapshot)
             checksum = zlib.crc32(data)
             # the checksum in the name keeps two writers of one step, say a rank thought dead, out of each other's files
             name = f"rank-{self.rank:05d}-{checksum:08x}.safetensors"
             write_durably(partial / name, data)
+            self._check_fence()  # what was written above took time
             receipt = {"name": name, "bytes": len(data), "crc32": checksum}
             write_durably(partial / f"rank-{self.rank:05d}.json", json.dumps(receipt).encode())
             if self.rank == 0:
@@ -87,13 +94,19 @@ class CheckpointWriter:
                 time.sleep(0.02)
             content = json.loads(receipt.read_text())
             files[content.pop("name")] = content
+        self._check_fence()
         write_durably(partial / MANIFEST, encode_manifest(manifest | {"files": files}))
         for rank in range(self.ranks):
             (partial / f"rank-{rank:05d}.json").unlink()
         sync_folder(partial)
+        self._check_fence()
         partial.rename(final)
         sync_folder(final.parent)
         keep_newest(self.role_folder, self.keep)
+
+    def _check_fence(self) -> None:
+        if self.fence is not None:
+            self.fence.check()
 
 
 def write_durably(path: Path, data: bytes) -> None:

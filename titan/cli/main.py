@@ -1,6 +1,7 @@
 """The command line: each command is a few lines over the floors below; a user's mistake is one line, no traceback."""
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,6 +54,7 @@ def run(
 
     if overwrite and go_on:
         raise ConfigError("--overwrite --resume: a run that is deleted cannot go on; leave one of them out")
+    _heed_sigterm()
     overrides = _with_address(overrides, address)
     config = load_config(file, overrides)
     if go_on and (run_folder(config) / "config.toml").is_file():
@@ -66,6 +68,7 @@ def resume(folder: RunFolder, overrides: Overrides = None, address: Address = No
     """Go on with a stopped or killed run from its newest checkpoints, maybe in other layouts."""
     from titan.cluster.launch import resume_run
 
+    _heed_sigterm()
     _finish(resume_run(folder, _with_address(overrides, address), Console()))
 
 
@@ -218,6 +221,11 @@ def doctor(
 def _with_address(overrides: Sequence[str] | None, address: str | None) -> list[str]:
     """Overrides, with --address as one of them: the last, so that it wins."""
     return [*(overrides or []), *([f"cluster.address={address}"] if address is not None else [])]
+
+
+def _heed_sigterm() -> None:
+    """What Ctrl-C does, until there are ranks and the supervisor takes over: stop with a word and a code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _finish(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from titan.checkpoint.pretrained import fingerprint
 from titan.config.check import would_bias
 from titan.config.settings import TEACHER, RunConfig
 from titan.data.corpus import Corpus
@@ -20,7 +21,9 @@ def provide_labels(config: RunConfig, corpus: Corpus, folder: Path) -> None:
     if config.teacher.log is None:
         if here.is_symlink():
             raise LabelError(f"{here} is another run's log; start a new run to train a teacher")
-        sign_log(here, log_manifest(config, corpus, folder, TEACHER))
+        frozen = config.teacher.pretrained
+        weights = "" if frozen is None else fingerprint(Path(frozen))
+        sign_log(here, log_manifest(config, corpus, folder, TEACHER, weights=weights))
         return
     source = find_log(config, corpus)
     here.parent.mkdir(exist_ok=True)

@@ -14,10 +14,19 @@ from pathlib import Path
 from rich.console import Console
 
 import titan
+from titan.checkpoint.fence import take_over
 from titan.checkpoint.folder import newest_step, remove_partial
+from titan.cluster.grace import Grace
 from titan.cluster.label_source import find_log, provide_labels
 from titan.cluster.planning import Planned, plan_run
-from titan.cluster.preflight import check_checkpoints, check_init, check_labels, check_start, forbidden_changes
+from titan.cluster.preflight import (
+    check_checkpoints,
+    check_init,
+    check_labels,
+    check_pretrained,
+    check_start,
+    forbidden_changes,
+)
 from titan.cluster.results import final_results, results_so_far
 from titan.cluster.session import ray_session
 from titan.cluster.supervisor import Outcome, Supervisor
@@ -28,10 +37,14 @@ from titan.data.corpus import Corpus
 from titan.data.prepare import PrepareProgress, prepare_corpus
 from titan.data.sampler import Sampler
 from titan.data.shards import INDEX_FILE, TOKENIZER_FILE
+from titan.distill.log.manifest import run_id
 from titan.distill.log.repair import reopen
-from titan.errors import ConfigError, DataError, RunError, StoppedError
+from titan.distill.log.second_copy import bring_together, copies_of_run, copy_folder, vacate_copies
+from titan.errors import ConfigError, DataError, OutOfTimeError, RunError, StoppedError
 from titan.observe.events import EventLog, read_events
+from titan.observe.exporter import metrics_endpoint
 from titan.observe.files import read_config, read_json, write_whole
+from titan.observe.heartbeat import Heartbeat
 from titan.observe.live import LiveDisplay
 from titan.observe.metrics import MetricsLog, read_metrics
 from titan.observe.progress import role_names, waits
@@ -91,11 +104,13 @@ def new_run(config: RunConfig, overwrite: bool, console: Console) -> Path:
         _check_vacant(folder, overwrite)
         corpus = prepare_data(config, display)
         check_init(config, corpus)
+        check_pretrained(config, corpus)
         if config.teacher.log is not None:
             find_log(config, corpus)
         planned = _plan(config, corpus, display)
         config = planned.config
         with _disk_errors(folder):
+            vacate_copies(config, folder, overwrite)
             for entry in folder.iterdir() if overwrite else ():
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
             write_whole(folder / "config.toml", dump_config(config).encode())
@@ -121,6 +136,7 @@ def resume_run(folder: Path, overrides: list[str], console: Console) -> Path:
         with _display(config, console) as display:
             corpus = _known_corpus(config, folder, display) or prepare_data(config, display)
             check_checkpoints(config, folder, resumed, corpus)
+            check_pretrained(config, corpus)
             planned = _plan(config, corpus, display)
             return _execute(Launch(planned, folder, corpus, resumed, display, begin_s))
 
@@ -182,16 +198,20 @@ def _execute(launch: Launch) -> Path:
     folder = launch.folder
     with _disk_errors(folder, then=f"`titan resume {folder}` goes on from the last checkpoint"):
         _tidy(launch.config, folder, launch.resumed)
+        if (copies := copies_of_run(launch.config)) is not None:
+            copies.mkdir(parents=True, exist_ok=True)
+            write_whole(copies / "config.toml", (folder / "config.toml").read_bytes())
         if launch.config.students or launch.config.makes_labels:
             provide_labels(launch.config, launch.corpus, folder)
-        with EventLog(folder) as events:
+        again = f"`titan resume {folder}` goes on from the last checkpoint"
+        grace = Grace(launch.config.recovery.grace_s, again)
+        with EventLog(folder) as events, Heartbeat(folder), grace:
             events.emit("run_started", pid=os.getpid(), host=platform.node(), version=titan.__version__)
             try:
-                outcome = _train(launch, events)
+                outcome = _train(launch, events, grace)
             except BaseException as error:
                 _wind_up(launch, events, error)
                 if isinstance(error, KeyboardInterrupt):
-                    again = f"`titan resume {folder}` goes on from the last checkpoint"
                     raise StoppedError(f"stopped at once; {again}") from None
                 raise
             ended: RunEnd = "stopped" if outcome.stopped else "finished"
@@ -205,7 +225,7 @@ def _execute(launch: Launch) -> Path:
     return folder
 
 
-def _train(launch: Launch, events: EventLog) -> Outcome:
+def _train(launch: Launch, events: EventLog, grace: Grace) -> Outcome:
     config, corpus, display = launch.config, launch.corpus, launch.display
     events.emit(
         "data_ready",
@@ -219,7 +239,8 @@ def _train(launch: Launch, events: EventLog) -> Outcome:
     if any(launch.resumed.values()):
         events.emit("resumed", steps=dict(launch.resumed))
     display.phase("starting Ray")
-    with MetricsLog(launch.folder) as metrics, ray_session(config.cluster):
+    endpoint = metrics_endpoint(launch.folder, config)
+    with MetricsLog(launch.folder) as metrics, endpoint, ray_session(config.cluster):
         supervisor = Supervisor(
             launch.planned,
             launch.folder,
@@ -229,6 +250,7 @@ def _train(launch: Launch, events: EventLog) -> Outcome:
             display,
             launch.resumed,
             tidy=lambda role: _tidy_role(config, launch.folder, role),
+            grace=grace,
         )
         outcome = supervisor.run()
     display.phase("")
@@ -237,14 +259,15 @@ def _train(launch: Launch, events: EventLog) -> Outcome:
 
 def _wind_up(launch: Launch, events: EventLog, error: BaseException) -> None:
     """Leave word of a run that broke off, as far as possible: the disk may be full, and `error` matters more."""
-    ended: RunEnd = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+    ended: RunEnd = "stopped" if isinstance(error, KeyboardInterrupt | StoppedError) else "failed"
     with suppress(Exception):
         if ended == "failed":
             events.emit("error", error=str(error).splitlines()[0] if str(error) else type(error).__name__)
         events.emit("run_finished", status=ended, wall_s=round(launch.wall_s, 1))
         results = results_so_far(launch.config, launch.folder, launch.corpus.vocab_size)
         write_summary(launch.folder, launch.config, results, launch.wall_s, ended)
-        write_report(launch.folder)
+        if not isinstance(error, OutOfTimeError):  # a picture takes seconds, and is made at any time by `titan report`
+            write_report(launch.folder)
 
 
 def _display(config: RunConfig, console: Console) -> LiveDisplay:
@@ -325,11 +348,19 @@ def _tidy(config: RunConfig, folder: Path, resumed: Mapping[str, int]) -> None:
 
 
 def _tidy_role(config: RunConfig, folder: Path, role: str) -> int:
-    """Make a role's files ready to go on while none of its ranks runs; returns the step of its newest checkpoint."""
+    """Make a role's files ready to go on while none of its ranks runs; returns the step of its newest checkpoint.
+
+    Ranks that could not be reached may still run: from now on they write nothing.
+    """
+    take_over(folder, role)
     checkpoints = folder / "checkpoints" / role
     remove_partial(checkpoints)
     step = newest_step(checkpoints) or 0
-    log = folder / "labels" / role
-    if config.teaches(role) and (role == TEACHER or log.is_dir()):
+    log, copy = folder / "labels" / role, copy_folder(config, role)
+    if not config.teaches(role):
+        return step
+    if copy is not None and (role == TEACHER or log.is_dir() or copy.is_dir()):
+        bring_together(log, copy, run_id(folder), durable=step)
+    if role == TEACHER or log.is_dir():
         reopen(log, needed=step)
     return step

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from titan.cluster.rank_actor import RankActor
 from titan.cluster.session import ACCELERATORS
@@ -41,6 +41,11 @@ def reserve(layout: Layout, config: RunConfig, paced: frozenset[str]) -> list[Pl
     ]
 
 
+def ranks_are_on_cpu(config: RunConfig) -> bool:
+    """Whether ranks run without accelerators in the connected cluster."""
+    return not rank_bundle(config).keys() & set(ACCELERATORS.values())
+
+
 def rank_bundle(config: RunConfig) -> dict[str, float]:
     """What Ray sets aside for one rank."""
     resources = ray.cluster_resources()
@@ -61,10 +66,16 @@ def rank_groups(layout: Layout, groups: Sequence[PlacementGroup]) -> list[Placem
     ]
 
 
+def nodes_of(groups: Sequence[PlacementGroup], bundles: Sequence[int]) -> list[str]:
+    """The node of each of these bundles of groups that have their room, by id."""
+    tables = {group.id: placement_group_table(group)["bundles_to_node_id"] for group in groups}
+    return [tables[group.id][index] for group, index in zip(groups, bundles, strict=True)]
+
+
 def start_actor(name: str, group: PlacementGroup, index: int) -> Any:
     """An actor for one rank, in a bundle of a placement group."""
     bundle = group.bundle_specs[index]
-    skin = ray.remote(concurrency_groups={"control": 1}, max_restarts=0)(RankActor).options(
+    skin = _skin().options(
         name=name,
         num_cpus=bundle["CPU"],
         num_gpus=bundle.get("GPU", 0),
@@ -72,6 +83,16 @@ def start_actor(name: str, group: PlacementGroup, index: int) -> Any:
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
     )
     return skin.remote()
+
+
+def start_spare(name: str, node_id: str) -> Any:
+    """An actor on a node that takes no room there."""
+    affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return _skin().options(name=name, num_cpus=0, scheduling_strategy=affinity).remote()
+
+
+def _skin() -> Any:
+    return ray.remote(concurrency_groups={"control": 1}, max_restarts=0)(RankActor)
 
 
 def free_slots(config: RunConfig, used: Sequence[str]) -> dict[str, int]:

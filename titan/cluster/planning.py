@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from titan.config.model import LayoutSettings
@@ -96,7 +96,7 @@ def role_costs(config: RunConfig, vocab_size: int) -> dict[str, Costs]:
             batch_size=config.data.batch_size,
             precision=settings.precision,
         )
-        costs[role] = Costs(task, fleet, Profile(task, profile))
+        costs[role] = Costs(task, fleet, Profile(task, profile), settings.frozen)
     return costs
 
 
@@ -126,7 +126,7 @@ def _search(config: RunConfig) -> SearchSettings:
 
 def _on_its_own(costs: Costs, role: str, config: RunConfig) -> Costs:
     """A role's costs on what other roles leave to it."""
-    return Costs(costs.task, _left_over(costs.fleet, config, but=role), costs.profile)
+    return replace(costs, fleet=_left_over(costs.fleet, config, but=role))
 
 
 def _left_over(fleet: Fleet, config: RunConfig, but: str | None = None) -> Fleet:

@@ -4,12 +4,15 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from titan.checkpoint.folder import find_checkpoint, read_manifest, step_folder
+from titan.checkpoint.folder import FROZEN, find_checkpoint, read_manifest, step_folder
+from titan.checkpoint.pretrained import PretrainedWeights
 from titan.cluster.session import local_inventory
 from titan.cluster.token import check_token
 from titan.config.environment import ray_address, wanted_kernels
+from titan.config.pretrained import read_pretrained
 from titan.config.settings import ClusterSettings, RunConfig
 from titan.data.corpus import Corpus
+from titan.data.tokenizer_json import other_tokenizer
 from titan.errors import CheckpointError, ConfigError, PlatformError
 from titan.plan.inventory import check_fits
 from titan.plan.layout import role_layouts
@@ -17,8 +20,15 @@ from titan.plan.layout import role_layouts
 CONNECT_TIMEOUT_S = 5.0
 HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 """Preface and empty settings: what speaks gRPC, as Ray does, answers at once."""
-MAY_CHANGE = ("checkpoint", "cluster", "eval", "recovery")
+MOST_WRONG = 5
+"""Tensors that do not fit, of which each gets a line."""
+MAY_CHANGE = ("checkpoint", "cluster", "eval", "observe", "recovery")
 """Sections that may differ when a run is resumed; in roles, `layout` may."""
+MAY_CHANGE_OF_LABELS = tuple(
+    f"labels.{name}" for name in ("keep", "max_bytes", "when_full", "segment_bytes", "copy_to", "wait_s")
+)
+MAY_CHANGE_OF_STUDENTS = (".backpressure", ".max_lag")
+"""How long labels are kept, and how slow students are treated, changes no label."""
 
 
 def check_start(config: RunConfig) -> None:
@@ -58,12 +68,50 @@ def check_init(config: RunConfig, corpus: Corpus) -> None:
             manifest = read_manifest(find_checkpoint(Path(student.init)))
         except CheckpointError as error:
             raise ConfigError(f"{here}: {error}") from None
+        if FROZEN in manifest:
+            raise ConfigError(f"{here}, of a frozen teacher, whose checkpoints hold no weights; leave it out")
         saved = manifest["model"] | {"vocab_size": manifest["vocab_size"]}
         own = student.model.model_dump() | {"vocab_size": corpus.vocab_size}
         if different := [f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]]:
             raise ConfigError(
                 f"{here}, of another model: {', '.join(different)}; give students.{student.name}.model so"
             )
+
+
+def check_pretrained(config: RunConfig, corpus: Corpus) -> None:
+    """Raise ConfigError, one line a reason, unless the Hugging Face folder that is the teacher fits the run."""
+    teacher = config.teacher
+    if teacher.pretrained is None or teacher.model is None:
+        return
+    here, folder = f"teacher.source is {teacher.source!r}", Path(teacher.pretrained)
+    found = read_pretrained(folder)
+    own, theirs = teacher.model.model_copy(update={"kv_heads": teacher.model.num_kv_heads}), found.model
+    theirs = theirs.model_copy(update={"kv_heads": theirs.num_kv_heads})
+    mistakes = [
+        f"teacher.model.{name} is {value}, {folder} has {getattr(theirs, name)}; leave teacher.model out"
+        for name, value in own.model_dump().items()
+        if value != getattr(theirs, name)
+    ]
+    if other := other_tokenizer(folder, corpus.tokenizer.path):
+        mistakes.append(f"{here}: {other}; set data.tokenizer to the SentencePiece model that it was trained with")
+    elif found.vocab_size < corpus.vocab_size:
+        mistakes.append(
+            f"{here}: it has {found.vocab_size} rows of vocabulary, the tokenizer {corpus.vocab_size} pieces; "
+            "give another model"
+        )
+    if config.data.sequence_length > found.positions:
+        mistakes.append(
+            f"data.sequence_length is {config.data.sequence_length}, but {folder} was made for at most "
+            f"{found.positions} positions; set it to fit"
+        )
+    if not mistakes:
+        try:
+            wrong = PretrainedWeights(folder).mistakes(theirs, corpus.vocab_size)
+        except CheckpointError as error:
+            wrong = [str(error)]
+        mistakes += [f"{here}: {each}; give another model" for each in wrong[:MOST_WRONG]]
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
 
 
 def check_checkpoints(config: RunConfig, folder: Path, resumed: Mapping[str, int], corpus: Corpus) -> None:
@@ -97,7 +145,13 @@ def forbidden_changes(before: RunConfig, after: RunConfig) -> list[str]:
     """Names of settings that differ and may not when a run is resumed."""
     old, new = (_flat(config.model_dump(mode="json"), "") for config in (before, after))
     different = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
-    return [name for name in different if name.split(".")[0] not in MAY_CHANGE and ".layout." not in f"{name}."]
+    return [name for name in different if not _may_change(name)]
+
+
+def _may_change(name: str) -> bool:
+    if name.split(".")[0] in MAY_CHANGE or ".layout." in f"{name}.":
+        return True
+    return name in MAY_CHANGE_OF_LABELS or (name.startswith("students.") and name.endswith(MAY_CHANGE_OF_STUDENTS))
 
 
 def _check_dashboard_port(cluster: ClusterSettings) -> None:

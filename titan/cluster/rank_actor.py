@@ -1,16 +1,18 @@
 """The thin Ray skin around a rank: every method hands on to the plain class of titan.distill."""
 
+import errno
 import os
 import socket
+import sys
 import traceback
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import ray
 
-from titan.distill.build import make_rank
+from titan.distill.build import make_rank, warm_up
 from titan.distill.rank import RankSpec, RoleReport
-from titan.errors import PeerLostError, TitanError, WorkerError
+from titan.errors import OvertakenError, PeerLostError, TitanError, WorkerError
 
 if TYPE_CHECKING:
     from titan.distill.role import RoleRank
@@ -37,7 +39,12 @@ class RankActor:
         """Import what training needs and make the rank; most of a start's time."""
         self.spec = spec
         self.rank = self._say_where(lambda: make_rank(spec))
-        return Whereabouts(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
+        return _here()
+
+    def warm_up(self) -> Whereabouts:
+        """Import what a rank on a CPU needs; which rank that is, `build` tells later, or never."""
+        warm_up()
+        return _here()
 
     def open_store(self) -> tuple[str, int]:
         """Host and port at which the ranks of the role meet."""
@@ -78,10 +85,19 @@ class RankActor:
             step = self.rank.step if self.rank is not None else 0
             who = {"role": self.spec.role, "rank": self.spec.rank, "host": socket.gethostname(), "step": step}
             cause = str(error) if isinstance(error, TitanError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                what = error.filename or self.spec.run_folder
+                cause = f"cannot write to {what}: {error.strerror}; make room, then `titan resume` goes on from there"
             where = f"{who['role']} rank {who['rank']} on {who['host']}, step {who['step']}"
             noticed = not isinstance(error, TitanError) and "gloo" in str(error).lower()
             secondary = noticed or isinstance(error, PeerLostError)
+            if isinstance(error, OvertakenError):  # nobody listens any more: it stays in Ray's log of this process
+                print(f"{where}: {cause}", file=sys.stderr, flush=True)
             raise RankError(f"{where}: {cause}", who, secondary, traceback.format_exc()) from None
+
+
+def _here() -> Whereabouts:
+    return Whereabouts(socket.gethostname(), ray.get_runtime_context().get_node_id(), os.getpid())
 
 
 class RankError(WorkerError):

@@ -16,7 +16,10 @@ def replan_gain(costs: Costs, prediction: Prediction, rank: int, factor: float) 
     """Step of the present layout over that of the best layout, both with the slow device; None if none can be found.
 
     factor: seconds of the slow rank over those its kind should take
+    None too for a frozen role, which is not planned.
     """
+    if costs.frozen:
+        return None
     layout = prediction.layout
     place = layout.place(rank)
     kind = prediction.rank_kinds[rank]

@@ -55,6 +55,7 @@ def _result(report: RoleReport, config: RunConfig) -> RoleResult:
         max_lag_steps=_whole(labels.get("max_lag_steps")),
         label_bytes_per_token=labels.get("label_bytes_per_token"),
         features_missed=_whole(labels.get("features_missed")),
+        student_wait_s=labels.get("student_wait_s"),
     )
 
 

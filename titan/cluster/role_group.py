@@ -4,23 +4,19 @@
 while the others train.
 """
 
-import os
-import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from titan.cluster.failure import Failure, HungError, error_of, find_cause
-from titan.cluster.placement import rank_groups, reserve, start_actor
+from titan.cluster.placement import nodes_of, rank_groups, reserve, start_actor
+from titan.cluster.processes import kill_processes
 from titan.cluster.rank_actor import Whereabouts
+from titan.cluster.spares import SparePool
 from titan.config.model import LayoutSettings
 from titan.config.settings import RunConfig
 from titan.distill.rank import RankSpec, RoleReport
@@ -33,7 +29,6 @@ START_HANG_S = 60.0
 """The same for a rank that starts: imports leave no room for an answer, and an actor takes a while to be there."""
 CAUSE_WAIT_S = 3.0
 """How long to collect failures after the first: the rank at fault may be reported after those that lost their peer."""
-KILL_WAIT_S = 10.0
 LOGS = "see Ray's logs in /tmp/ray"
 
 
@@ -68,9 +63,12 @@ class RoleGroup:
         paced: frozenset[str],
         spec_of: Callable[[str, int, LayoutSettings], RankSpec],
         step: int,
+        spares: SparePool,
     ):
         """step: of the checkpoint the role goes on from"""
         self.role, self.config, self.paced, self.spec_of = role, config, paced, spec_of
+        self.spares, self.num_spares = spares, 0
+        """Where spare processes come from, and how many of them this generation has."""
         self.wanted = config.roles[role]
         self.use_layout(self.wanted.layout)
         self.last_step = step
@@ -89,6 +87,9 @@ class RoleGroup:
         self._heard = 0
         """News of this generation's lead that have arrived."""
         self._pausing = False
+        self.took_s: dict[str, float] = {}
+        """Seconds of each phase of the newest start."""
+        self._entered = 0.0
 
     def use_layout(self, settings: LayoutSettings) -> None:
         """The layout of the next start."""
@@ -158,9 +159,11 @@ class RoleGroup:
             name = f"{specs[0].run_folder.name}/{self.role}"
             groups = rank_groups(self.layout, self._room)
             tensors = [self.layout.place(rank).tensor for rank in range(self.num_ranks)]
+            ready = self.spares.take(nodes_of(groups, tensors)) if self.generation > 1 else [None] * self.num_ranks
+            self.num_spares = self.num_ranks - ready.count(None)
             self.actors = [
-                start_actor(f"{name}/{rank}/{time.time_ns()}", group, tensor)
-                for rank, (group, tensor) in enumerate(zip(groups, tensors, strict=True))
+                spare or start_actor(f"{name}/{rank}/{time.time_ns()}", group, tensor)
+                for rank, (spare, group, tensor) in enumerate(zip(ready, groups, tensors, strict=True))
             ]
             calls = [actor.build.remote(spec) for actor, spec in zip(self.actors, specs, strict=True)]
             self._enter(Phase.BUILD, calls)
@@ -174,8 +177,12 @@ class RoleGroup:
             self._enter(Phase.READY, [])
 
     def _enter(self, phase: Phase, calls: list[Any]) -> None:
-        self.phase, self.pending = phase, calls
         now = time.monotonic()
+        if phase is Phase.ROOM:
+            self.took_s = {}
+        elif self.is_starting:
+            self.took_s[self.phase.value] = round(now - self._entered, 2)
+        self.phase, self.pending, self._entered = phase, calls, now
         self._asked = {rank: (ref, now) for rank, (ref, _) in self._asked.items()}  # each phase has a limit of its own
 
     def _late(self, missing: int) -> PlatformError:
@@ -275,50 +282,15 @@ class RoleGroup:
         self.kill()
         self._enter(Phase.DONE, [])
 
-    def kill(self) -> None:
-        """End all processes and give up the room. A process that hangs cannot be asked to, so the system is."""
+    def kill(self, headless: bool = False) -> None:
+        """End all processes and give up the room. A process that hangs cannot be asked to, so the system is.
+
+        headless: without what needs Ray's head, as that is lost; the room goes with it
+        """
         for actor in self.actors:
             ray.kill(actor, no_restart=True)
-        _kill_processes(self.places)
-        for group in self._room:
+        kill_processes(self.places, headless)
+        for group in () if headless else self._room:
             remove_placement_group(group)
         self.actors, self.places, self._room, self._asked = [], [], [], {}
         self._enter(Phase.IDLE, [])
-
-
-def _kill_processes(places: Sequence[Whereabouts]) -> None:
-    """SIGKILL, on every node that lives; returns when they are gone, or KILL_WAIT_S later."""
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-    here = ray.get_runtime_context().get_node_id()
-    by_node: dict[str, list[int]] = {}
-    for place in places:
-        by_node.setdefault(place.node_id, []).append(place.pid)
-    calls = []
-    for node, pids in by_node.items():
-        if node == here and all(place.host == socket.gethostname() for place in places if place.node_id == node):
-            kill_pids(pids)
-        elif node in alive:
-            affinity = NodeAffinitySchedulingStrategy(node, soft=False)
-            calls.append(ray.remote(kill_pids).options(num_cpus=0, scheduling_strategy=affinity).remote(pids))
-    if calls:
-        ray.wait(calls, num_returns=len(calls), timeout=KILL_WAIT_S)
-
-
-def kill_pids(pids: Sequence[int]) -> None:
-    """SIGKILL processes of this machine and wait until they are gone."""
-    deadline = time.monotonic() + KILL_WAIT_S
-    for pid in pids:
-        if not _is_rank(pid):
-            continue
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        while time.monotonic() < deadline and _is_rank(pid):
-            time.sleep(0.01)
-
-
-def _is_rank(pid: int) -> bool:
-    """Whether a process lives and is a rank's: its number may have gone to another."""
-    try:
-        return b"RankActor" in Path(f"/proc/{pid}/cmdline").read_bytes()  # empty once it is dead
-    except OSError:
-        return False

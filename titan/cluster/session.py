@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,16 +31,20 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     logging.getLogger("ray").setLevel(logging.ERROR)  # what it has to say in between would tear the live display
     ray._private.worker.print_to_stdstream = lambda *_, **__: None  # what raylets say of dead workers is an event
     with local_token() if settings.address is None else joining_token(ray_address(settings.address)):
+        heed = signal.getsignal(signal.SIGTERM)
         try:
             if settings.address is None:
                 _start(settings)
             else:
                 _join(ray_address(settings.address), variables)
+        except SystemExit:  # what Ray makes of a SIGTERM
+            raise KeyboardInterrupt from None
         except Exception as error:  # Ray raises whatever went wrong below it
             where = "a local Ray" if local else f"Ray at cluster.address {settings.address}"
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             verb, remedy = ("start", "`titan doctor --ray` looks into it") if local else ("join", "is it up?")
             raise PlatformError(f"cannot {verb} {where}: {first}; {remedy}") from error
+        signal.signal(signal.SIGTERM, heed)  # Ray has put a handler of its own in its place
         try:
             if not local:
                 _wait_for_nodes(settings)

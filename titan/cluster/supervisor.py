@@ -12,16 +12,21 @@ from typing import Any
 
 import ray
 
+from titan.checkpoint.fence import read_generation
 from titan.checkpoint.folder import find_checkpoint
-from titan.cluster.failure import Failure
+from titan.cluster.failure import Failure, error_of
+from titan.cluster.grace import Grace
+from titan.cluster.head import HeadWatch
 from titan.cluster.label_service import ServiceKeeper
 from titan.cluster.planning import Planned, plan_picture, with_layouts
 from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError
 from titan.cluster.room import layout_for, who_must_give_way
 from titan.cluster.session import discover
+from titan.cluster.spares import SparePool
 from titan.config.model import LayoutSettings
 from titan.config.settings import TEACHER, RunConfig
+from titan.distill.log.second_copy import copy_folder
 from titan.distill.news import untold_metrics
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.service.server import LOCALHOST
@@ -39,6 +44,8 @@ LOOK_S = 0.05
 """The same while ranks start: each of their phases ends soon."""
 
 
+SAVE_S = 20.0
+"""For roles to save once Ray's head is lost: a minute after that, Ray ends this process."""
 LEAST_S = 0.01
 RECONSIDER_S = 1.0
 
@@ -75,6 +82,7 @@ class Supervisor:
         display: LiveDisplay,
         resumed: Mapping[str, int],
         tidy: Callable[[str], int],
+        grace: Grace,
     ):
         """resumed: step of the checkpoint each role goes on from
         tidy:    makes the files of a role ready to go on, none of its ranks running; returns the step to go on from
@@ -82,7 +90,7 @@ class Supervisor:
         self.planned, self.config = planned, planned.config
         self.run_folder, self.corpus_folder = run_folder, corpus_folder
         self.events, self.metrics, self.display = events, metrics, display
-        self.resumed, self.tidy = resumed, tidy
+        self.resumed, self.tidy, self.grace = resumed, tidy, grace
         self.state = State.PLAN
         self.signals = 0
         self.groups: dict[str, RoleGroup] = {}
@@ -90,6 +98,8 @@ class Supervisor:
         if self.config.serves_labels:
             local = self.config.cluster.address is None
             self.service = ServiceKeeper(run_folder, events, LOCALHOST if local else None)
+        self.spares = SparePool(self.config, events)
+        self.head = HeadWatch()
         self.recovering: dict[str, float] = {}
         """Roles that failed and have made no step since, and when that was noticed."""
         self._next_look: dict[str, float] = {}
@@ -100,12 +110,14 @@ class Supervisor:
         """The whole run. Raises WorkerError if a role failed for good; no actor is left in any case."""
         previous = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self._plan()
-            self._spawn()
-            return self._watch()
+            with self.head:
+                self._plan()
+                self._spawn()
+                return self._watch()
         finally:
             for group in self.groups.values():
-                group.kill()
+                group.kill(headless=self.head.lost)
+            self.spares.close(headless=self.head.lost)
             if self.service is not None:
                 self.service.stop()
             for number, handler in previous.items():
@@ -114,6 +126,8 @@ class Supervisor:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         """First signal: stop after the step under way. Second: at once."""
         self.signals += 1
+        if number == signal.SIGTERM:
+            self.grace.begin()
         if self.signals > 1:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
@@ -145,7 +159,7 @@ class Supervisor:
         for role in self.config.roles:
             step = self.resumed.get(role, 0)
             self.metrics.write_missing(untold_metrics(self.run_folder / "checkpoints" / role))
-            self.groups[role] = RoleGroup(role, self.config, self.planned.paced, self._spec, step)
+            self.groups[role] = RoleGroup(role, self.config, self.planned.paced, self._spec, step, self.spares)
         groups = list(self.groups.values())
         for group in groups:
             group.start()
@@ -160,6 +174,8 @@ class Supervisor:
             self.display.refresh()
             if self.signals:
                 raise KeyboardInterrupt
+            if self.head.lost:
+                raise self._without_head()
             _rest(groups, LOOK_S)
         self.events.emit("ranks_up", seconds=round(time.monotonic() - begin, 2), ranks=total)
 
@@ -177,9 +193,11 @@ class Supervisor:
             self.run_folder.absolute(),  # the nodes of a Ray that was joined were not started here
             self.corpus_folder.absolute(),
             init=_init(config, role),
+            copy_folder=copy_folder(config, role) if config.teaches(role) else None,
             label_token=self.service.token if self.service is not None else "",
             pace=found.paces[rank] if found is not None and paced else None,
             expected_busy_s=found.busy_s if found is not None else (),
+            generation=read_generation(self.run_folder, role),
         )
 
     # --- RUN and DRAIN ---
@@ -191,15 +209,23 @@ class Supervisor:
             self._train(group)
         self.display.phase("training")
         while not all(group.phase is Phase.DONE for group in self.groups.values()):
+            if self.head.lost:
+                raise self._without_head()
+            if not self.head.answers:
+                time.sleep(LOOK_S)  # what has to be done may wait for it
+                continue
             if self.service is not None:
                 self.service.look()
             starting = any(group.is_starting for group in self.groups.values())
+            self.spares.look(calm=self.state is State.RUN and not starting and not self.recovering)
             _rest(self.groups.values(), LOOK_S if starting else POLL_S)
             for group in self.groups.values():
                 noticed = time.monotonic()
                 try:
                     self._look_after(group)
                 except RoleLostError as lost:
+                    if not self.head.look():
+                        break  # a lost head's node takes its ranks along
                     self._recover(group, group.cause(lost.errors), noticed)
                 except PlatformError as late:
                     again = group.phase is not Phase.ROOM  # recovery.wait_s has been waited already
@@ -212,9 +238,32 @@ class Supervisor:
                 for group in self.groups.values():
                     if group.phase is Phase.TRAIN:
                         group.request_stop()
+            if self.grace.is_nearly_over:
+                unsaved = [group.role for group in self.groups.values() if group.phase is not Phase.DONE]
+                self.events.emit("grace_over", roles=unsaved, grace_s=self.grace.seconds)
+                raise self.grace.out_of_time(unsaved)
+        self.grace.saved()
         self.state = State.DONE
         reports = {role: group.report for role, group in self.groups.items() if group.report is not None}
         return Outcome(reports, any(report.stopped for report in reports.values()))
+
+    def _without_head(self) -> PlatformError:
+        """Ray's head is lost: roles that train save and end, which needs no head; nothing can be started any more."""
+        training = [group for group in self.groups.values() if group.phase is Phase.TRAIN]
+        for group in training:
+            group.request_stop()
+        pending = [ref for group in training for ref in group.pending]
+        if pending:
+            ray.wait(pending, num_returns=len(pending), timeout=SAVE_S)
+        done = set(ray.wait(pending, num_returns=len(pending), timeout=0)[0]) if pending else set()
+        late = [one.role for one in training if not all(ref in done and error_of(ref) is None for ref in one.pending)]
+        self.events.emit("head_lost", address=self.head.address, not_saved=late)
+        return PlatformError(
+            f"Ray's head at {self.head.address} could not be reached for {self.head.gone_s:.0f} s: "
+            + ("every role has saved" if not late else f"{', '.join(late)} could not save")
+            + ("; " if self.config.cluster.address is None else "; start Ray again, then ")
+            + f"`titan resume {self.run_folder}` goes on from there"
+        )
 
     def _train(self, group: RoleGroup) -> None:
         """Let a role train whose ranks are up, and leave word of where they are."""
@@ -238,7 +287,10 @@ class Supervisor:
         if phase is Phase.READY:
             self._train(group)
             seconds = time.monotonic() - self.recovering[group.role]
-            self.events.emit("ranks_up", role=group.role, seconds=round(seconds, 2), ranks=group.num_ranks)
+            self.events.emit(
+                "ranks_up", role=group.role, seconds=round(seconds, 2), ranks=group.num_ranks, spares=group.num_spares,
+                phases_s=group.took_s,
+            )  # fmt: skip
             self._show_starting()
             if self.state is State.DRAIN:
                 group.request_stop()
@@ -361,6 +413,8 @@ class Supervisor:
 
 
 def _init(config: RunConfig, role: str) -> Path | None:
+    if role == TEACHER and config.teacher.pretrained is not None:
+        return Path(config.teacher.pretrained).absolute()
     named = {student.name: student.init for student in config.students}.get(role)
     return None if named is None else find_checkpoint(Path(named)).absolute()
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from titan.config.check_features import feature_mistakes
 from titan.config.check_layout import divisors, layout_mistakes
+from titan.config.check_log import log_mistakes
 from titan.config.model import ModelSettings, OptimizerSettings
 from titan.config.section import Section
 from titan.config.settings import TEACHER, RunConfig, StudentSettings
@@ -20,6 +21,7 @@ def find_mistakes(config: RunConfig) -> list[str]:
     mistakes += _teacher_mistakes(config)
     mistakes += _student_mistakes(config)
     mistakes += _label_mistakes(config)
+    mistakes += log_mistakes(config)
     mistakes += feature_mistakes(config)
     mistakes += _place_mistakes(config)
     mistakes += _plan_mistakes(config)
@@ -53,6 +55,26 @@ def _teacher_mistakes(config: RunConfig) -> Iterator[str]:
         yield "teacher.model is missing and has no default; add it, docs/config.md says what it is"
     if teacher.log is not None and not config.students:
         yield f"teacher.source is {teacher.source!r}, but there are no students to learn from it; add [[students]]"
+    if teacher.pretrained is not None:
+        yield from _frozen_mistakes(config)
+
+
+def _frozen_mistakes(config: RunConfig) -> Iterator[str]:
+    """What a teacher that only makes labels has no use for."""
+    teacher = config.teacher
+    frozen = f"but teacher.source is {teacher.source!r}"
+    if not config.makes_labels:
+        yield f"{frozen.removeprefix('but ')}, but nobody wants labels; add [[students]], or labels.without_students"
+    for name in OptimizerSettings.model_fields:
+        if not _is_default(teacher.optimizer, name):
+            yield f"teacher.optimizer.{name} is set, {frozen}, which is not trained; leave it out"
+    layout = teacher.layout
+    if layout.planned:
+        yield f"teacher.layout.planned plans for training, {frozen}, which has only forward passes; give tp, pp and dp"
+    if layout.recompute:
+        yield f"teacher.layout.recompute is for backward passes, {frozen}, which has none; leave it out"
+    if layout.shard > 1 or any(stage.shard > 1 for stage in layout.stages or ()):
+        yield f"teacher.layout.shard cuts optimizer state, {frozen}, which has none; leave it out"
 
 
 def _student_mistakes(config: RunConfig) -> Iterator[str]:
@@ -152,9 +174,10 @@ def _place_mistakes(config: RunConfig) -> Iterator[str]:
     """Paths and addresses."""
     paths = (
         ("run.dir", config.run.dir),
-        ("teacher.source", config.teacher.log),
+        ("teacher.source", config.teacher.log or config.teacher.pretrained),
         ("data.cache", config.data.cache),
         ("data.tokenizer", config.data.tokenizer),
+        ("labels.copy_to", config.labels.copy_to),
         ("cluster.inventory", config.cluster.inventory),
         ("cluster.profile", config.cluster.profile),
     )

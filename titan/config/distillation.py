@@ -121,6 +121,23 @@ class LabelSettings(Section):
     node; `auto` is `files` with a local Ray, and `service` in a cluster that is joined."""
     without_students: bool = False
     """Make labels even if the run has no students; those of other runs may join at any time by `teacher.source`."""
+    keep: Literal["all", "needed"] = "all"
+    """Old labels: `all` stay; with `needed` what the newest checkpoint of every student of this run is past is
+    deleted, a file at a time, at the producer's checkpoints."""
+    max_bytes: Annotated[int, Field(ge=65536)] | None = None
+    """Most that a log may take on disk, index included; absent, there is no limit."""
+    when_full: Literal["drop", "wait", "stop"] = "drop"
+    """What a log of `max_bytes` does: `drop` deletes the oldest labels, which students that still needed them skip;
+    `wait` pauses its teacher until students' checkpoints have made room; `stop` ends the run."""
+    segment_bytes: Annotated[int, Field(ge=4096)] = 64 << 20
+    """Size at which a file of the log is full and the next begins; old labels go a file at a time. With `max_bytes` it
+    is at most an eighth of that over the replicas that write."""
+    copy_to: str | None = None
+    """Folder, on another disk or on shared storage, that gets a second copy of each log, in PATH/NAME/labels: the
+    labels of a step are on that disk before the step is committed. `titan resume` takes from it what a log lacks."""
+    wait_s: PositiveFloat = 120.0
+    """Longest pause of a teacher for students that it is to wait for, or for room in its log. Then it goes on without
+    the student until that has caught up; without room the run ends."""
     temperature: Annotated[float, Field(ge=0.1, le=20.0)] = 1.0
     """T of the distillation loss, the same for all students of the run."""
     features: FeatureLabelSettings = FeatureLabelSettings()

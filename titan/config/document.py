@@ -123,7 +123,7 @@ def _limits(limits: list[Any], whole: bool) -> Iterator[str]:
             yield f"{limit.min_length} or more of them"
         elif isinstance(limit, MaxLen):
             yield f"at most {limit.max_length} characters"
-        elif getattr(limit, "pattern", None):
+        elif "A-Za-z" in (getattr(limit, "pattern", None) or ""):
             yield "of letters, digits, `_`, `.` and `-`"
 
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from titan.config.check import find_mistakes
 from titan.config.check_layout import CHOSEN
+from titan.config.pretrained import with_pretrained
 from titan.config.settings import RunConfig
 from titan.errors import ConfigError
 
@@ -56,6 +57,7 @@ def check_config(values: dict[str, Any]) -> RunConfig:
         config = RunConfig.model_validate_json(json.dumps(values, default=str))
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(problem, values) for problem in _causes(error))) from None
+    config = with_pretrained(config)
     mistakes = find_mistakes(config)
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -143,6 +145,10 @@ def _describe(problem: Any, values: dict[str, Any]) -> str:
         return f"{name} is {given}; want a section: [{name}], or {name} = {{ ... }}"
     if kind == "tuple_type" and name == "students":
         return f"{name} is {given}; begin each student with a line [[students]]"
+    if kind == "string_pattern_mismatch" and name == "teacher.source":
+        return (
+            f"{name} is {given}; use 'train', 'log:' and the path of a run, or 'hf:' and that of a Hugging Face folder"
+        )
     if kind == "string_pattern_mismatch":
         return f"{name} is {given}; use letters, digits, '_', '.' and '-', beginning with a letter or digit"
     if kind == "too_short":

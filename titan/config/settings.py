@@ -61,21 +61,29 @@ class TeacherSettings(Section):
     """The large model, trained on text alone."""
 
     model: ModelSettings | None = None
-    """Shape of the teacher; required, unless its labels come from a log."""
+    """Shape of the teacher; required if it trains in this run. A `hf:` folder says it itself."""
     layout: LayoutSettings = LayoutSettings()
     """How the teacher is cut over ranks."""
     optimizer: OptimizerSettings = OptimizerSettings()
     """Optimizer of the teacher."""
     precision: Precision = "fp32"
     """Type of weights and activations; bf16 and fp16 keep fp32 master weights, fp16 scales its loss."""
-    source: Annotated[str, Field(pattern=r"^(train|log:.+)$")] = "train"
+    source: Annotated[str, Field(pattern=r"^(train|log:.+|hf:.+)$")] = "train"
     """Where labels come from: `train` is the teacher's own training pass in this run; `log:PATH` the label log of
-    another run, finished or still training: PATH is its run folder, or `labels/NAME` in it. No teacher trains then."""
+    another run, finished or still training: PATH is its run folder, or `labels/NAME` in it. `hf:PATH` is a Hugging Face
+    folder with a Llama model, such as `titan export` writes: its weights stay as they are, and its forward pass over
+    the run's samples makes the labels; `data.tokenizer` must be, and by default is, that folder's. No teacher trains
+    then."""
 
     @property
     def log(self) -> str | None:
         """The path of another run's label log, if labels come from one."""
         return self.source.removeprefix("log:") if self.source.startswith("log:") else None
+
+    @property
+    def pretrained(self) -> str | None:
+        """The path of a Hugging Face folder, if that is the teacher: it is frozen, and only makes labels."""
+        return self.source.removeprefix("hf:") if self.source.startswith("hf:") else None
 
 
 class StudentSettings(Section):
@@ -101,6 +109,11 @@ class StudentSettings(Section):
     they are random."""
     start: StartSettings = StartSettings()
     """When the student starts; a step or lead is that of its own teacher."""
+    backpressure: Literal["spill", "skip", "wait"] = "spill"
+    """What happens when it is slower than its teacher: `spill` falls behind as far as the log goes; `skip` jumps to the
+    newest step when it is further behind than `max_lag`; with `wait` its teacher pauses instead."""
+    max_lag: NonNegativeInt | None = None
+    """Most steps behind its teacher that a student with `skip` or `wait` learns a step; required there."""
     distill: DistillSettings = DistillSettings()
     """How much the student learns from labels."""
 
@@ -160,11 +173,27 @@ class RecoverySettings(Section):
     """Restarts of a role in a row without a new checkpoint; the next failure ends the run."""
     hang_timeout_s: PositiveFloat = 8.0
     """A process that has not answered for so long counts as hung, and is killed."""
+    grace_s: PositiveFloat = 240.0
+    """Time from SIGTERM to the end of the process. Every role stops after its step and saves; one that has not when the
+    grace is nearly over is ended, with what its last checkpoint has."""
+    spares: NonNegativeInt = 0
+    """Processes a node that wait with their imports done; a role that starts again takes them over instead of starting
+    its own. As many as the largest role has ranks on a node are best. Only for ranks on CPUs."""
+
+
+class ObserveSettings(Section):
+    """How a run is watched from outside."""
+
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Port at which the driver serves metrics for Prometheus; absent, it serves none."""
+    metrics_host: str = "127.0.0.1"
+    """Address that it listens on; `0.0.0.0` for a Prometheus on another host. Whoever reaches it can read the metrics.
+    """
 
 
 @dataclass(frozen=True)
 class Role:
-    """A model that trains in the run: the teacher or a student."""
+    """A model of the run: the teacher or a student."""
 
     name: str
     place: str
@@ -173,6 +202,8 @@ class Role:
     layout: LayoutSettings
     optimizer: OptimizerSettings
     precision: Precision
+    frozen: bool = False
+    """Whether its weights stay as they are: it has no gradients and no optimizer."""
 
 
 class RunConfig(Section):
@@ -187,6 +218,7 @@ class RunConfig(Section):
     eval: EvalSettings = EvalSettings()
     cluster: ClusterSettings = ClusterSettings()
     recovery: RecoverySettings = RecoverySettings()
+    observe: ObserveSettings = ObserveSettings()
 
     @property
     def makes_labels(self) -> bool:
@@ -206,11 +238,14 @@ class RunConfig(Section):
 
     @property
     def roles(self) -> dict[str, Role]:
-        """Who trains, by name, the teacher first. No teacher does whose labels come from a log."""
+        """Whose ranks run, by name, the teacher first. There is no teacher where labels come from a log."""
         every = []
         teacher = self.teacher
         if teacher.log is None and teacher.model is not None:
-            every.append(Role(TEACHER, TEACHER, teacher.model, teacher.layout, teacher.optimizer, teacher.precision))
+            frozen = teacher.pretrained is not None
+            every.append(
+                Role(TEACHER, TEACHER, teacher.model, teacher.layout, teacher.optimizer, teacher.precision, frozen)
+            )
         every += [
             Role(one.name, f"students.{one.name}", one.model, one.layout, one.optimizer, one.precision)
             for one in self.students

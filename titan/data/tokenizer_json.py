@@ -1,9 +1,11 @@
 """The tokenizer as files that Hugging Face libraries read, giving the same ids for every text."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from titan.data.shards import TOKENIZER_FILE
 from titan.errors import DataError, PlatformError
 
 _NORMAL, _UNKNOWN, _CONTROL, _BYTE = 1, 2, 3, 6
@@ -50,6 +52,43 @@ def hugging_face_tokenizer(path: Path, sequence_length: int) -> HuggingFaceToken
         "special_tokens_map.json": _special_tokens(pieces[unknown], pieces[end]),
     }
     return HuggingFaceTokenizer(files, end, unknown)
+
+
+def other_tokenizer(folder: Path, path: Path) -> str:
+    """Why the token ids of a Hugging Face folder are not those of a SentencePiece model; "" if they are.
+
+    A folder with a `tokenizer.model` has that very file. Without one its `tokenizer.json` has the same pieces and
+    merges, and nothing that changes a text before. Pieces beyond ours, which were added, are in no text of a corpus.
+    Raises DataError and PlatformError as `hugging_face_tokenizer` does.
+    """
+    model, backend = folder / TOKENIZER_FILE, folder / "tokenizer.json"
+    if model.is_file():
+        same = model.read_bytes() == path.read_bytes()
+        return "" if same else f"{model} is another tokenizer than that of the corpus"
+    try:
+        theirs = json.loads(backend.read_bytes())
+        own = hugging_face_tokenizer(path, 0).files["tokenizer.json"]
+        said, wanted = _translation(theirs), _translation(own)
+    except FileNotFoundError:
+        return f"{folder} has neither {TOKENIZER_FILE} nor {backend.name}, so nobody knows what its token ids mean"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{backend} is no tokenizer.json"
+    different = [name for name in wanted if said[name] != wanted[name]]
+    return f"{backend} is another tokenizer than that of the corpus: {', '.join(different)} differ" if different else ""
+
+
+def _translation(backend: Json) -> dict[str, Any]:
+    """All that turns a text into ids. Merges are pairs, or texts with a space where no piece has one."""
+    model = backend["model"]
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model.get("merges", ())]
+    return {
+        "model.type": model["type"],
+        "model.vocab": model["vocab"],
+        "model.merges": merges,
+        "model.byte_fallback": model["byte_fallback"],
+        "normalizer": backend.get("normalizer"),
+        "pre_tokenizer": backend.get("pre_tokenizer"),
+    }
 
 
 def _read(path: Path) -> Any:

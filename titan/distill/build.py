@@ -9,6 +9,15 @@ if TYPE_CHECKING:
     from titan.distill.role import RoleRank
 
 
+def warm_up() -> None:
+    """Set this process up for a CPU and import what ranks need there, before it is known which rank this will be."""
+    from titan.platform.device import prepare_process, select_platform
+
+    prepare_process(select_platform("cpu"))
+    import titan.distill.student
+    import titan.distill.teacher  # noqa: F401
+
+
 def make_rank(spec: RankSpec) -> "RoleRank":
     """The rank of a spec, in a process set up for its device: that comes before megatron-core is imported."""
     from titan.platform.device import prepare_process, select_platform

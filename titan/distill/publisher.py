@@ -5,9 +5,12 @@ The teacher of a run has one, and so has a student that teaches others.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from titan.checkpoint.pretrained import fingerprint
+from titan.config.check_log import log_segment_bytes
 from titan.data.corpus import Corpus
 from titan.distill.codec.block import LabelBlock, encode_block
 from titan.distill.log.manifest import log_manifest, sign_log
@@ -30,6 +33,20 @@ class TaughtBatch:
     sample_ids_B: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Place:
+    """One rank's share of the log on one disk."""
+
+    labels: LabelWriter
+    commits: CommitWriter | None
+    """Only of replica 0."""
+
+    def make_durable(self) -> None:
+        self.labels.make_durable()
+        if self.commits is not None:
+            self.commits.make_durable()
+
+
 class LabelPublisher:
     """One rank's share of a label log; only ranks with the head and tensor rank 0 write.
 
@@ -39,21 +56,29 @@ class LabelPublisher:
     def __init__(self, spec: RankSpec, world: World, corpus: Corpus, start_step: int):
         """start_step: the log's first step is the one after this"""
         self.config, self.vocab_size, self.dp = spec.config, corpus.vocab_size, world.place.stage.dp
-        self.labels: LabelWriter | None = None
-        self.commits: CommitWriter | None = None
+        self.log: _Place | None = None
+        self.copy: _Place | None = None
         place = world.place
         if place.head_stage is None or place.tensor > 0:
             return
-        folder = spec.own_label_folder
+        settings = spec.config.labels
+        self.segment_bytes = log_segment_bytes(settings, self.dp)
+        if spec.copy_folder is not None:
+            self.copy = self._open(spec, corpus, spec.copy_folder, place.replica, start_step)
+        self.log = self._open(spec, corpus, spec.own_label_folder, place.replica, start_step)
+
+    def _open(self, spec: RankSpec, corpus: Corpus, folder: Path, replica: int, start_step: int) -> _Place:
         folder.mkdir(parents=True, exist_ok=True)
         reader = LabelReader(folder, timeout_s=0.0)
         reader.poll()
         committed = max(reader.last_committed, start_step)
         reader.close()
-        self.labels = LabelWriter(folder, place.replica, committed)
-        if place.replica == 0:
-            sign_log(folder, log_manifest(spec.config, corpus, spec.run_folder, spec.role, start_step))
-            self.commits = CommitWriter(folder, committed)
+        labels = LabelWriter(folder, replica, committed, self.segment_bytes, fence=spec.fence)
+        if replica > 0:
+            return _Place(labels, None)
+        weights = fingerprint(spec.init) if spec.settings.frozen and spec.init is not None else ""
+        sign_log(folder, log_manifest(spec.config, corpus, spec.run_folder, spec.role, start_step, weights))
+        return _Place(labels, CommitWriter(folder, committed, fence=spec.fence))
 
     def wish(self, step: int) -> LabelWish:
         """What the head is asked for."""
@@ -61,7 +86,7 @@ class LabelPublisher:
 
     def append(self, batch: TaughtBatch, parts: Sequence[LabelPart]) -> None:
         """Write this replica's labels of the step as one block a micro-batch, before the step's last exchange."""
-        if self.labels is None:
+        if self.log is None:
             return
         length = batch.tokens_BS1.shape[1] - 1
         for part in parts:
@@ -74,22 +99,28 @@ class LabelPublisher:
                 labels=raw_labels(self.config.labels, part, length, batch.step),
             )
             data = encode_block(block, self.vocab_size, self.config.labels.bytes_per_token)
-            self.labels.append(batch.step, data, block.sample_ids_B.tolist())
+            for place in (self.copy, self.log):
+                if place is not None:
+                    place.labels.append(batch.step, data, block.sample_ids_B.tolist())
+        if self.copy is not None:
+            self.copy.labels.make_durable()
 
     def commit(self, batch: TaughtBatch, cross_entropy: float) -> None:
-        """Make the step readable, once every rank has appended its part."""
-        if self.commits is not None:
-            parts = tuple(range(self.dp))
-            self.commits.commit(Commit(batch.step, parts, len(batch.tokens_BS1), cross_entropy))
+        """Make the step readable, once every rank has appended its part; in the copy first: it never lacks a step."""
+        commit = Commit(batch.step, tuple(range(self.dp)), len(batch.tokens_BS1), cross_entropy)
+        if self.copy is not None and self.copy.commits is not None:
+            self.copy.commits.commit(commit)
+            self.copy.commits.make_durable()
+        if self.log is not None and self.log.commits is not None:
+            self.log.commits.commit(commit)
 
     def make_durable(self) -> None:
         """A checkpoint may not be ahead of the log: what it would repeat must be there for students."""
-        if self.labels is not None:
-            self.labels.make_durable()
-        if self.commits is not None:
-            self.commits.make_durable()
+        if self.log is not None:
+            self.log.make_durable()
 
     def end(self, reason: str) -> None:
         """Say that no more steps will come."""
-        if self.commits is not None:
-            self.commits.end(reason)
+        for place in (self.copy, self.log):
+            if place is not None and place.commits is not None:
+                place.commits.end(reason)

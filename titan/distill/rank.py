@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from titan.checkpoint.fence import Fence, Generation, fence_path
 from titan.config.settings import TEACHER, Role, RunConfig
 from titan.plan.pace import Pace
 
@@ -23,9 +24,13 @@ class RankSpec:
     label_token: str = field(default="", repr=False)
     """What the label service asks for; empty where labels are read from files."""
     init: Path | None = None
-    """Checkpoint that the role's weights start from, if not at random."""
+    """Checkpoint that the role's weights start from, if not at random; of a frozen teacher its Hugging Face folder."""
+    copy_folder: Path | None = None
+    """Second copy of the role's own label log, if it makes one and is to have a copy."""
     expected_busy_s: tuple[float, ...] = ()
     """By rank of the role: seconds its passes of a step should take; empty where nothing is known."""
+    generation: Generation | None = None
+    """Which start of the role this rank belongs to; None where nobody starts it again."""
 
     @property
     def settings(self) -> Role:
@@ -37,6 +42,13 @@ class RankSpec:
         """Of the role's initial weights."""
         own = {student.name: student.seed for student in self.config.students}.get(self.role)
         return self.config.run.seed if own is None else own
+
+    @property
+    def fence(self) -> Fence | None:
+        """To be asked before anything is written for the role."""
+        if self.generation is None:
+            return None
+        return Fence(fence_path(self.run_folder, self.role), self.generation)
 
     @property
     def checkpoint_folder(self) -> Path:

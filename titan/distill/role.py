@@ -11,11 +11,13 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from titan.checkpoint.folder import newest_step, step_folder
+from titan.checkpoint.folder import FROZEN, newest_step, step_folder
 from titan.checkpoint.load import Checkpoint
+from titan.checkpoint.pretrained import PretrainedWeights
 from titan.checkpoint.save import CheckpointWriter
 from titan.data.corpus import Corpus
 from titan.data.sampler import Sampler
+from titan.distill.keeper import LogKeeper
 from titan.distill.news import UNTOLD, News, Outbox
 from titan.distill.rank import RankSpec, RoleReport
 from titan.model.auxiliary import Auxiliary
@@ -27,7 +29,7 @@ from titan.parallel.world import join_world
 from titan.plan.layout import make_layout
 from titan.plan.straggler import MeasuredSteps, StragglerWatch
 from titan.platform.device import Platform
-from titan.train.restore import restore_trainer, start_from, trainer_pieces, trainer_state
+from titan.train.restore import load_pretrained, restore_trainer, start_from, trainer_pieces, trainer_state
 from titan.train.trainer import StepResult, Trainer, TrainerSettings
 
 STOP, PAUSE = 1.0, 0.5
@@ -47,6 +49,10 @@ class RoleRank(ABC):
         self.outbox = Outbox()
         self.store: TCPStore | None = None
         self.train_seconds, self.tokens_here = 0.0, 0
+        self.keeper: LogKeeper | None = None
+        """Of a role that makes labels."""
+        self.student_wait_s = 0.0
+        """Waited for students before this start."""
         self.stragglers = StragglerWatch(spec.expected_busy_s)
         self.measured = MeasuredSteps(self.layout)
 
@@ -82,6 +88,7 @@ class RoleRank(ABC):
                 batch_size=data.batch_size,
                 seed=spec.initial_seed,
                 auxiliary=self.auxiliary(),
+                frozen=settings.frozen,
             ),
             spec.pace,
         )
@@ -91,15 +98,21 @@ class RoleRank(ABC):
             self.layout.num_ranks,
             config.checkpoint.keep,
             config.cluster.step_timeout_s,
+            spec.fence,
         )
+        if settings.frozen:
+            assert spec.init is not None, "a frozen teacher is a folder"
+            load_pretrained(self.trainer, PretrainedWeights(spec.init))
         newest = newest_step(spec.checkpoint_folder)
         if newest is not None:
             checkpoint = Checkpoint(step_folder(spec.checkpoint_folder, newest))
-            restore_trainer(self.trainer, checkpoint)
+            if not settings.frozen:
+                restore_trainer(self.trainer, checkpoint)
             self.step = checkpoint.step
             self.train_seconds = checkpoint.state["train_seconds"]
+            self.student_wait_s = checkpoint.state.get("student_wait_s", 0.0)
             self.load_state(checkpoint.state)
-        elif spec.init is not None:
+        elif spec.init is not None and not settings.frozen:
             start_from(self.trainer, Checkpoint(spec.init))
         self.saved_step = self.step
         kernels = choices(self.world.platform.kind)
@@ -135,9 +148,11 @@ class RoleRank(ABC):
             "layout": settings.layout.model_dump(),
             "precision": settings.precision,
             "corpus": self.spec.corpus_folder.name,
-            "state": trainer_state(self.trainer) | {"train_seconds": self.train_seconds} | self.own_state(),
+            "state": trainer_state(self.trainer) | self._times() | self.own_state(),
             UNTOLD: [to_line(metric) for metric in self.outbox.metrics()],
         }
+        if settings.frozen:
+            manifest[FROZEN] = str(self.spec.init)
         self.checkpoints.save(self.step, trainer_pieces(self.trainer), manifest)
         self.saved_step = self.step
         self.tell_event("checkpoint", step=self.step, stall_s=round(time.perf_counter() - begin, 4))
@@ -163,17 +178,33 @@ class RoleRank(ABC):
             role=self.spec.role,
             step=self.step,
             params=num_parameters(settings.model, self.corpus.vocab_size),
-            tokens=self.steps_made() * self.config.data.batch_size * self.config.data.sequence_length,
+            tokens=self.samples_made() * self.config.data.sequence_length,
             train_seconds=self.train_seconds,
             heldout_bits_per_byte=bits_per_byte,
             stopped=stopped,
             paused=stopped and self.paused,
-            extra=extra,
+            extra=extra | ({"student_wait_s": self.keeper.waited_s} if self.keeper and self.keeper.may_pause else {}),
         )
 
     def steps_made(self) -> int:
-        """Optimizer steps of this role since its beginning."""
+        """Teacher steps since this role's beginning."""
         return self.step
+
+    def samples_made(self) -> int:
+        """Samples that it trained on."""
+        return self.steps_made() * self.config.data.batch_size
+
+    def _times(self) -> dict[str, float]:
+        waited_s = self.keeper.waited_s if self.keeper is not None else self.student_wait_s
+        return {"train_seconds": self.train_seconds, "student_wait_s": waited_s}
+
+    def keep_log(self) -> None:
+        """From now on the role makes labels: its log is kept within bounds, and its students may make it pause."""
+        self.keeper = LogKeeper(self.spec, self.world, self.tell_event, self.student_wait_s)
+
+    def pause(self) -> float:
+        """Before a step: wait for students, if some are to be waited for; a vote to stop that came meanwhile, or 0."""
+        return 0.0 if self.keeper is None else self.keeper.hold(self.step + 1, self.asked)
 
     def watch_pace(self, result: StepResult) -> None:
         """Keep what a step took beside what was expected, and name ranks that are slower than their kind."""
@@ -190,10 +221,24 @@ class RoleRank(ABC):
             return [0.0]
         return [STOP if self.stopping.is_set() else PAUSE if self.pausing.is_set() else 0.0]
 
+    def votes(self, step: int) -> list[float]:
+        """What is passed along with a step: the wish to stop, and that to wait for students after it."""
+        return [*self.stop_vote(), 0.0 if self.keeper is None else self.keeper.vote(step)]
+
     def heed(self, result: StepResult) -> bool:
         """Whether the vote of a step was to stop, for good or not."""
-        self.paused = result.votes[0] == PAUSE
-        return result.votes[0] > 0
+        if self.keeper is not None:
+            self.keeper.due = result.votes[1] > 0
+        return self.heed_vote(result.votes[0])
+
+    def heed_vote(self, vote: float) -> bool:
+        """Whether a vote was to stop, for good or not."""
+        self.paused = vote == PAUSE
+        return vote > 0
+
+    def asked(self) -> float:
+        """The lead's vote to stop, where it is not passed along with a step."""
+        return self.stop_vote()[0]
 
     def tell(self, metric: Metric) -> None:
         """Queue a metric for the driver; only the lead speaks."""
@@ -208,8 +253,10 @@ class RoleRank(ABC):
     def step_metric(self, result: StepResult, loss: float, **student: Any) -> StepMetric:
         """A step's metric; students add what they know of labels."""
         fields: dict[str, Any] = dict.fromkeys(
-            ("distill_loss", "distill_weight", "lag", "lead", "label_bytes", "label_wait_s")
+            ("distill_loss", "distill_weight", "lag", "lead", "label_bytes", "label_wait_s", "student_wait_s")
         )
+        if self.keeper is not None and self.keeper.may_pause:
+            fields["student_wait_s"] = self.keeper.last_s
         return StepMetric(
             role=self.spec.role,
             step=self.step,

@@ -11,11 +11,13 @@ from titan.distill.codec.block import LabelBlock
 from titan.distill.control import ControlTracker
 from titan.distill.features.asked import student_auxiliary
 from titan.distill.features.rank import FeatureLearner, open_learner
+from titan.distill.follow import Follower, Next
 from titan.distill.lead import LeadTracker, distillation_weight
 from titan.distill.log.ledger import Ledger, Place
 from titan.distill.log.manifest import MANIFEST
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.records import FINISHED, STOPPED, Commit
+from titan.distill.place import PlaceTeller
 from titan.distill.publisher import LabelPublisher, TaughtBatch
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.role import RoleRank
@@ -50,6 +52,10 @@ class StudentRank(RoleRank):
         """Only the lead keeps it."""
         self.publisher: LabelPublisher | None = None
         """Of a student that teaches others."""
+        self.teller: PlaceTeller | None = None
+        """Only of the lead, where the log is of this run."""
+        self.at = 0
+        """The last step it has learned or, before its start, need not learn."""
 
     def own_state(self) -> dict[str, Any]:
         """Offset and counts are committed with the weights, so that nothing is lost or learned twice."""
@@ -76,15 +82,20 @@ class StudentRank(RoleRank):
         self.learner = open_learner(self.config, self.student, self.trainer, reader, self.spec.label_folder)
         self._open_ledger()
         try:
-            stopped = self._wait_for_log() or self._wait_for_start(reader)
-            if not stopped and self.start_step is not None:
-                stopped = self._learn(reader)
+            stopped = self._wait_for_log()
+            if not stopped:
+                log = self._follow(reader)
+                stopped = self._wait_for_start(log)
+                if not stopped and self.start_step is not None:
+                    stopped = self._learn(log)
         finally:
             if self.learner is not None:
                 self.learner.close()
             reader.close()
         self._end_own_log(stopped)
         report = self.finish(stopped, self._accounting())
+        if self.teller is not None:
+            self.teller.look()
         if self.ledger is not None:
             self.ledger.close()
         return report
@@ -94,6 +105,26 @@ class StudentRank(RoleRank):
         if self.spec.label_token:
             return FlightLabelReader(self.spec.label_address_file, self.spec.label_token, self.spec.teacher, timeout_s)
         return LabelReader(self.spec.label_folder, timeout_s)
+
+    def _follow(self, reader: Reader) -> Follower:
+        """The log as all ranks see it; from now on the teacher knows where the student is."""
+        of_this_run = self.spec.teacher != TEACHER or self.config.teacher.log is None
+        if self.world.is_lead and of_this_run:
+            live = self.student.backpressure == "wait"
+            self.teller = PlaceTeller(self.spec.label_folder, self.spec.role, self.spec.checkpoint_folder, live)
+        labels = self.config.labels
+        may_drop = not of_this_run or (labels.max_bytes is not None and labels.when_full == "drop")
+        return Follower(reader, self.world, may_drop, self._give_up)
+
+    def _give_up(self) -> bool:
+        """Asked again and again while the next label has not come."""
+        self._tell_place(self.at)
+        return self._alone_and_stopping()
+
+    def _tell_place(self, step: int) -> None:
+        self.at = step
+        if self.teller is not None:
+            self.teller.tell(step)
 
     def _wait_for_log(self) -> bool:
         """Until a teacher that is itself a student has begun; True if the run stopped before."""
@@ -114,6 +145,7 @@ class StudentRank(RoleRank):
         """If the student teaches others."""
         if self.config.teaches(self.spec.role):
             self.publisher = LabelPublisher(self.spec, self.world, self.corpus, start_step)
+            self.keep_log()
 
     def _end_own_log(self, stopped: bool) -> None:
         """Tell those it teaches that no more will come; also where it never began."""
@@ -128,7 +160,7 @@ class StudentRank(RoleRank):
     def _open_ledger(self) -> None:
         """On the lead: go on with the ledger where the checkpoint was made."""
         if self.world.is_lead:
-            self.ledger = Ledger(self.spec.run_folder, self.spec.role)
+            self.ledger = Ledger(self.spec.run_folder, self.spec.role, self.spec.fence)
             self.ledger.rewind(self.steps_made())
 
     def auxiliary(self) -> Auxiliary | None:
@@ -142,70 +174,92 @@ class StudentRank(RoleRank):
         if self.publisher is not None:
             self.publisher.make_durable()
         super().save_checkpoint()
+        if self.teller is not None:
+            self.teller.saving(self.step)
 
     def steps_made(self) -> int:
         """Steps since the student's start."""
         return 0 if self.start_step is None else self.step - self.start_step
 
-    def _wait_for_start(self, reader: Reader) -> bool:
+    def samples_made(self) -> int:
+        """Without steps that were skipped."""
+        return self.consumed
+
+    def _wait_for_start(self, log: Follower) -> bool:
         """Follow the teacher's commits until it is time; True if the run stopped before."""
         if self.start_step is not None:
             return False
         start = self.student.start
         if start.lead is None:
-            first = self._newest_step(reader) if start.now else start.step or 0
-            commit = reader.wait_commit(first + 1, self._alone_and_stopping)
-            if commit is None and first > 0 and reader.ended is not None and reader.ended.reason == FINISHED:
+            first = log.newest_step() if start.now else start.step or 0
+            self._tell_place(first)
+            commit = log.wait_commit(first + 1)
+            if commit is None and first > 0 and log.finished:
                 raise LabelError(f"start is after step {first}, with which the log has ended; start earlier")
             if commit is None:
-                return reader.ended is None or reader.ended.reason != FINISHED
+                return not log.finished
             self.start_step = self.step = commit.step - 1
             return False
         fresh, step = None, 0
         while True:
-            step += 1
-            commit = reader.wait_commit(step, self._alone_and_stopping)
-            if commit is None:  # a lead that was never reached is no stop
-                return reader.ended is None or reader.ended.reason != FINISHED
-            step = commit.step
+            self._tell_place(step)
             if fresh is None:
-                fresh = self.trainer.evaluate(_tokens(reader.read(commit)[0]))
+                found = log.next(step + 1)
+                commit = None if found is None else found.commit
+                fresh = None if found is None else self.trainer.evaluate(_tokens(found.blocks))
+            else:
+                commit = log.wait_commit(step + 1)
+            if commit is None or fresh is None:  # a lead that was never reached is no stop
+                return not log.finished
+            step = commit.step
             self.tracker.add(commit.cross_entropy, fresh)
             if self.tracker.lead >= start.lead:
                 self.start_step = self.step = step
                 self.tracker = LeadTracker()
                 return False
 
-    def _newest_step(self, reader: Reader) -> int:
-        """The log's last step as the lead sees it, so that all ranks start with the same."""
-        reader.poll()
-        return int(self.world.sum_over_ranks([float(reader.last_committed) if self.world.is_lead else 0.0])[0])
-
-    def _learn(self, reader: Reader) -> bool:
+    def _learn(self, log: Follower) -> bool:
         assert self.start_step is not None
         self.tell_event("student_started", step=self.start_step, reason=self._start_reason())
         self._open_own_log(self.start_step)
         total, stopped = self.config.run.steps, False
         while self.step < total and not stopped:
-            begin = time.perf_counter()
-            commit = reader.wait_commit(self.step + 1, self._alone_and_stopping)
-            if commit is None:
+            begin, before = time.perf_counter(), self.step
+            self._tell_place(before)
+            if (vote := self.pause()) > 0:
+                return self.heed_vote(vote)
+            asked = time.perf_counter()
+            max_lag = self.student.max_lag if self.student.backpressure == "skip" else None
+            found = log.next(self.step + 1, max_lag)
+            if found is None:
                 return True
-            blocks, size = reader.read(commit)
-            reader.forget(commit.step)
-            waited = time.perf_counter() - begin
-            stopped = self._learn_step(commit, blocks, size, reader.last_committed - commit.step, waited)
+            if self.publisher is not None and found.commit.step > self.step + 1:
+                raise LabelError(
+                    f"steps {self.step + 1} to {found.commit.step - 1} of {self.spec.teacher} are gone, and "
+                    f"{self.spec.role}, which teaches others, cannot leave out any; give its teacher more room"
+                )
+            log.reader.forget(found.commit.step)
+            stopped = self._learn_step(found, time.perf_counter() - asked)
             self.train_seconds += time.perf_counter() - begin
-            every = self.config.eval.every_steps
-            if every and self.step % every == 0 and self.step < total:
+            saves = _passed(before, self.step, self.config.checkpoint.every_steps)
+            if self.keeper is not None:
+                self.keeper.tidy(saves)
+            if _passed(before, self.step, self.config.eval.every_steps) and self.step < total:
                 self.evaluate()
-            if self.step % self.config.checkpoint.every_steps == 0:
+            if saves:
                 self.save_checkpoint()
+        self._tell_place(self.step)
         return self.step < total
 
-    def _learn_step(self, commit: Commit, blocks: list[LabelBlock], size: int, lag: int, waited: float) -> bool:
+    def asked(self) -> float:
+        """Also tells where the student is, while it waits for its own students."""
+        self._tell_place(self.at)
+        return super().asked()
+
+    def _learn_step(self, found: Next, waited_s: float) -> bool:
         """One step on the teacher's batch of that step; True if the role was asked to stop."""
         assert self.start_step is not None
+        commit, blocks, size, lag = found.commit, found.blocks, found.size_bytes, found.lag
         before = self.step
         self._count(commit, blocks, size, lag)
         self.step = commit.step
@@ -228,15 +282,12 @@ class StudentRank(RoleRank):
             on_labels=partial(publisher.append, taught) if publisher is not None else None,
             shrink=distill.shrink,
             control=self.control.control,
-            votes=self.stop_vote(),
+            votes=self.votes(self.step),
             features=features,
         )
         if publisher is not None:
             publisher.commit(taught, result.cross_entropy)
-        if self.ledger is not None:
-            if commit.step > before + 1:
-                self.ledger.note(own_step, Place(before + 1, 0), Place(self.step, 0), "skipped", "dropped from the log")
-            self.ledger.note(own_step, Place(self.step, 0), Place(self.step + 1, 0), "consumed")
+        self._note(own_step, before, found)
         self.watch_pace(result)
         self.tracker.add(commit.cross_entropy, result.cross_entropy)
         self.control.add(*result.tail_fit)
@@ -251,11 +302,21 @@ class StudentRank(RoleRank):
                 lag=lag,
                 lead=self.tracker.lead,
                 label_bytes=size,
-                label_wait_s=waited,
+                label_wait_s=waited_s,
                 **{f"{name}_loss": value for name, value in result.features.items()},
             )
         )
         return self.heed(result)
+
+    def _note(self, own_step: int, before: int, found: Next) -> None:
+        """What became of the steps behind `before`, up to the one that was learned."""
+        step = found.commit.step
+        for first, end, reason in found.skipped(before + 1):
+            if self.ledger is not None:
+                self.ledger.note(own_step, Place(first, 0), Place(end, 0), "skipped", reason)
+            self.tell_event("steps_skipped", first_step=first, steps=end - first, reason=reason)
+        if self.ledger is not None:
+            self.ledger.note(own_step, Place(step, 0), Place(step + 1, 0), "consumed")
 
     def _count(self, commit: Commit, blocks: list[LabelBlock], size: int, lag: int) -> None:
         """Count what is learned, and what the order of steps shows to be missing or repeated."""
@@ -287,6 +348,11 @@ class StudentRank(RoleRank):
         if start.now:
             return "from now on"
         return f"start.step is {start.step}" if start.step else "with the teacher"
+
+
+def _passed(before: int, step: int, every: int) -> bool:
+    """Whether a multiple of `every` was reached, or jumped over; never if that is 0."""
+    return every > 0 and step // every > before // every
 
 
 def _tokens(blocks: list[LabelBlock]) -> np.ndarray:

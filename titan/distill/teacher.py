@@ -1,4 +1,4 @@
-"""The teacher's loop: its own training pass gives the labels, and they go to the log."""
+"""The teacher's loop: its own training pass gives the labels, and they go to the log; a frozen one makes only them."""
 
 import time
 from functools import partial
@@ -23,25 +23,32 @@ class TeacherRank(RoleRank):
         self.sender: FeatureSender | None = None
 
     def train(self) -> RoleReport:
-        """Train to the last step; labels of a step are committed once every rank has finished it."""
+        """Train to the last step; labels of a step are committed once every rank has finished it.
+
+        A frozen teacher goes the same way and learns nothing.
+        """
         if self.config.makes_labels:
             self.publisher = LabelPublisher(self.spec, self.world, self.corpus, start_step=0)
+            self.keep_log()
         if (capture := sent_features(self.config)) is not None:
             self.sender = FeatureSender(self.config, capture, self.world, self.spec.own_label_folder)
         config = self.config
         total, stopped = config.run.steps, False
         while self.step < total and not stopped:
+            begin = time.perf_counter()
+            if (vote := self.pause()) > 0:
+                stopped = self.heed_vote(vote)
+                break
             self.step += 1
             batch = self.sampler.batch(self.step - 1)
             taught = TaughtBatch(self.step, batch.tokens, batch.sample_ids)
-            begin = time.perf_counter()
             result = self.trainer.step(
                 batch.tokens,
-                self.trainer.learning_rate(self.step, total),
+                0.0 if self.spec.settings.frozen else self.trainer.learning_rate(self.step, total),
                 Objective(temperature=config.labels.temperature),
                 wish=self.publisher.wish(self.step) if self.publisher is not None else None,
                 sample_ids=batch.sample_ids,
-                votes=self.stop_vote(),
+                votes=self.votes(self.step),
                 on_labels=partial(self._append, taught) if self.publisher is not None else None,
                 features=self.sender.tap if self.sender is not None else None,
             )
@@ -51,10 +58,13 @@ class TeacherRank(RoleRank):
             self.watch_pace(result)
             self.tell(self.step_metric(result, result.cross_entropy))
             stopped = self.heed(result)
+            saves = self.step % config.checkpoint.every_steps == 0
+            if self.keeper is not None:
+                self.keeper.tidy(saves)
             every = config.eval.every_steps
             if every and self.step % every == 0 and self.step < total:
                 self.evaluate()
-            if self.step % config.checkpoint.every_steps == 0:  # after all that is to be known of the step
+            if saves:  # after all that is to be known of the step
                 self.save_checkpoint()
         if self.publisher is not None and not (self.paused and self.step < total):
             self.publisher.end(STOPPED if self.step < total else FINISHED)

@@ -79,6 +79,33 @@ def read_lines(path: Path) -> list[Record]:
     return records
 
 
+class LinesTail:
+    """Reads on in a file of JSON lines that grows."""
+
+    def __init__(self, path: Path):
+        self._path, self._offset = path, 0
+
+    def read(self) -> list[Record]:
+        """Whole lines since the last call; lines that are no JSON objects are passed over."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        length = data.rfind(b"\n") + 1
+        self._offset += length
+        records = []
+        for line in data[:length].splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+        return records
+
+
 def read_json(path: Path) -> Record | None:
     """A JSON object from a file, None if there is no file; RunError if it is damaged."""
     try:

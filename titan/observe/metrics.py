@@ -50,6 +50,8 @@ class StepMetric:
     """Students: bytes of labels consumed in this step."""
     label_wait_s: float | None = None
     """Students: seconds of the step spent waiting for labels."""
+    student_wait_s: float | None = None
+    """Who teaches: seconds before the step spent waiting for students, where some may be waited for."""
 
     query_loss: float | None = None
     """Students: a loss of features before its weight, a mean over tokens (docs/features.md); likewise those below. None
@@ -150,13 +152,18 @@ def read_metrics(folder: Path) -> list[Metric]:
     require_run_folder(folder)
     newest: dict[tuple[str, str, int], Metric] = {}
     for record in read_lines(folder / FILE):
-        if record.get("kind") not in KINDS:
+        metric = read_metric(record, folder)
+        if metric is None:
             continue  # a newer version may say more
-        metric = _from_record(record, folder / FILE)
         key = (metric.role, metric.kind, metric.step)
         newest.pop(key, None)  # so that the order is that of the lines that count
         newest[key] = metric
     return list(newest.values())
+
+
+def read_metric(record: Record, folder: Path) -> Metric | None:
+    """The metric of a line of metrics.jsonl; None for a kind of a newer version. Raises RunError for other fields."""
+    return _from_record(record, folder / FILE) if record.get("kind") in KINDS else None
 
 
 def to_line(metric: Metric) -> str:

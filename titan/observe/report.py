@@ -13,6 +13,7 @@ from titan.config.settings import RunConfig, StudentSettings
 from titan.observe import figure, words
 from titan.observe.events import event_text, event_time_s, read_events
 from titan.observe.files import Record, read_config, read_json, write_whole
+from titan.observe.heartbeat import read_beat
 from titan.observe.metrics import Metric, StepMetric, read_metrics
 from titan.observe.planned import PICTURE_FILE, Promise, promises
 from titan.observe.progress import role_names
@@ -54,7 +55,8 @@ def write_report(folder: Path) -> Path:
     """Write report.png and a report.html that needs no other file; returns the latter. RunError if it is no run."""
     config, metrics, events = read_config(folder), read_metrics(folder), read_events(folder)
     this_part = since_last_start(events)
-    state, detail = run_state(this_part, time.time() - last_sign_of_life_s(folder), longest_step_s(metrics))
+    quiet_s = time.time() - last_sign_of_life_s(folder)
+    state, detail = run_state(this_part, quiet_s, longest_step_s(metrics), read_beat(folder))
     summary = _current_summary(folder, this_part)
     if summary and not events:
         state = summary.get("status", state)
@@ -78,7 +80,7 @@ def write_report(folder: Path) -> Path:
         features=_feature_records(config, metrics, summary),
         promises=promises(folder, this_part, metrics),
         plan_picture=_picture(folder / PICTURE_FILE),
-        facts=_facts(config, summary, this_part),
+        facts=[*_facts(config, summary, this_part), *_pauses(metrics)],
         events=[(_clock(event), _said(event)) for event in events[-MOST_EVENTS:]],
         num_events=len(events),
         toml=(folder / "config.toml").read_text(encoding="utf-8"),
@@ -166,6 +168,7 @@ def _student_records(config: RunConfig, metrics: Sequence[Metric], summary: Reco
                 "max_lag": _number(result.get("max_lag_steps", max(lags, default=None))),
                 "bytes_per_token": _number(result.get("label_bytes_per_token", bytes_per_token), digits=1),
                 "waited": words.duration(waited_s) if steps else UNKNOWN,
+                "slow": _when_slow(student),
                 "start": _start(student),
                 "first_step": f"{steps[0].step:,}" if steps else "not yet",
                 "weight": _weight(student),
@@ -252,7 +255,28 @@ def _layout(layout: LayoutSettings) -> str:
 def _start(student: StudentSettings) -> str:
     if student.start.lead is not None:
         return f"at a lead of {student.start.lead:g} nats"
+    if student.start.now:
+        return "with the log's newest step"
     return f"after step {student.start.step:,}" if student.start.step else "with the teacher"
+
+
+def _when_slow(student: StudentSettings) -> str:
+    """What happens when a student is slower than its teacher, in words."""
+    if student.max_lag is None:
+        return "falls behind"
+    most = words.plural(student.max_lag, "step")
+    who = f"{student.teacher} waits" if student.backpressure == "wait" else "skips"
+    return f"{who} beyond {most}"
+
+
+def _pauses(metrics: Sequence[Metric]) -> list[tuple[str, str]]:
+    """How long roles that teach waited for their students, if they may."""
+    waited_s: dict[str, float] = {}
+    for metric in metrics:
+        if isinstance(metric, StepMetric) and metric.student_wait_s is not None:
+            waited_s[metric.role] = waited_s.get(metric.role, 0.0) + metric.student_wait_s
+    said = ", ".join(f"{role} {words.duration(seconds)}" for role, seconds in waited_s.items())
+    return [("waited for students", said)] if said else []
 
 
 def _weight(student: StudentSettings) -> str:
@@ -263,6 +287,8 @@ def _weight(student: StudentSettings) -> str:
         "lead": f"full from a lead of {distill.full_lead:g} nats",
         "constant": "constant",
         "ramp": f"rising over {words.percent(distill.ramp_fraction)} of its steps",
+        "wsd": f"rising over {words.percent(distill.ramp_fraction)} of its steps, "
+        f"falling over the last {words.percent(distill.decay_fraction)}",
     }
     return f"{distill.weight:g}, {how[distill.schedule]}"
 

@@ -15,6 +15,7 @@ from titan.config.settings import RunConfig
 from titan.observe import words
 from titan.observe.events import event_time_s, read_events
 from titan.observe.files import Record, read_config, require_run_folder
+from titan.observe.heartbeat import LATE_S, Beat, read_beat, this_machine
 from titan.observe.metrics import Metric, StepMetric, read_metrics
 from titan.observe.planned import Promise, promises
 from titan.observe.progress import QUIET_S, RoleProgress, plain_lines, progress_table, role_names, waits
@@ -63,7 +64,7 @@ def read_status(folder: Path) -> RunStatus:
     now_s = time.time()
     quiet_s = now_s - last_sign_of_life_s(folder)
     metrics = read_metrics(folder)
-    state, detail = run_state(this_part, quiet_s, longest_step_s(metrics))
+    state, detail = run_state(this_part, quiet_s, longest_step_s(metrics), read_beat(folder))
     over = state in ("finished", "stopped", "failed")
     start_s = event_time_s(this_part[0]) if this_part else now_s
     end_s = event_time_s(this_part[-1]) if over and this_part else now_s
@@ -117,12 +118,15 @@ def since_last_start(events: Sequence[Record]) -> list[Record]:
     return list(events[starts[-1] :] if starts else events)
 
 
-def run_state(events: Sequence[Record], quiet_s: float, step_s: float = 0.0) -> tuple[State, str]:
+def run_state(
+    events: Sequence[Record], quiet_s: float, step_s: float = 0.0, beat: Beat | None = None
+) -> tuple[State, str]:
     """State of a run and one clause about it.
 
     events:  those since its last start
     quiet_s: seconds since its folder last changed
     step_s:  the longest of its recent steps, a measure of how long silence is normal
+    beat:    the newest sign of life of a driver
     """
     if not events:
         return "not started", ""
@@ -131,14 +135,29 @@ def run_state(events: Sequence[Record], quiet_s: float, step_s: float = 0.0) -> 
         status = last_end.get("status")
         return (status if status in ("finished", "stopped", "failed") else "finished"), ""
     started, host = events[0], str(events[0].get("host", ""))
-    if host == socket.gethostname() and not driver_lives(started):
-        pid = started.get("pid")
-        return "failed", f"its driver (pid {pid}) is gone without a last word; `titan resume` continues it"
+    if gone := _gone(started, beat):
+        return "failed", f"{gone}; `titan resume` continues it"
     if any(event["event"] == "stop_requested" for event in events):
         return "running", "asked to stop"
     if quiet_s > max(QUIET_S, 10 * step_s):
         return "quiet", f"no news for {words.duration(quiet_s)}" + (f" from {host}" if host else "")
     return "running", ""
+
+
+def _gone(started: Record, beat: Beat | None) -> str:
+    """Why the driver that wrote a run_started event must be dead, in words; "" if it need not be.
+
+    A process id means something only on its own machine, and in its own container; elsewhere the heartbeat counts.
+    """
+    pid, host = started.get("pid"), str(started.get("host", ""))
+    if beat is None or (beat.pid, beat.host) != (pid, host):  # the run is that of an earlier titan
+        here = host == socket.gethostname()
+    else:
+        here = beat.machine == this_machine()
+        silent_s = time.time() - beat.time_s
+        if not here and silent_s > LATE_S:
+            return f"its driver (pid {pid} on {host}) has given no sign of life for {words.duration(silent_s)}"
+    return f"its driver (pid {pid}) is gone without a last word" if here and not driver_lives(started) else ""
 
 
 def driver_lives(started: Record) -> bool:

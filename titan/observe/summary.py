@@ -18,7 +18,7 @@ RunEnd = Literal["finished", "stopped", "failed"]
 
 @dataclass(frozen=True)
 class RoleResult:
-    """What one role came to. The last six are of students, None for the teacher."""
+    """What one role came to. What is said of labels is of students, None for the teacher."""
 
     params: int
     """Parameters of the model."""
@@ -42,6 +42,8 @@ class RoleResult:
     """Bytes of labels a token."""
     features_missed: int | None = None
     """Steps learned without the features that were asked for, because they were gone; None if none were asked for."""
+    student_wait_s: float | None = None
+    """Seconds that a role which teaches has waited for its students; None where it waits for none."""
 
 
 def write_summary(
@@ -111,6 +113,7 @@ def _role_record(role: str, result: RoleResult) -> Record:
     """A role's numbers; the teacher has no keys about labels."""
     of_students = ("labels_consumed", "labels_missed", "labels_repeated", "max_lag_steps", "label_bytes_per_token")
     record = {name: value for name, value in asdict(result).items() if role != "teacher" or name not in of_students}
-    if result.features_missed is None:
-        del record["features_missed"]
+    for name in ("features_missed", "student_wait_s"):
+        if record[name] is None:
+            del record[name]
     return record

@@ -22,11 +22,18 @@ class ParallelStage:
 
     world: World
     module: StageModel
-    buckets: DistributedDataParallel
+    wrapped: DistributedDataParallel | None
+    """None for a stage that is not trained."""
     specs: dict[str, ParameterSpec]
     """Specs of the parameters that this stage holds, by global name."""
     tied: TiedBridge | None
     """None unless the model is tied and its ends are on different ranks."""
+
+    @property
+    def buckets(self) -> DistributedDataParallel:
+        """Gradients, in megatron-core's buckets."""
+        assert self.wrapped is not None, "a frozen stage has no gradients"
+        return self.wrapped
 
     def named_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Local parameters by global name."""
@@ -68,9 +75,12 @@ def is_copy(world: World, name: str) -> bool:
 
 def build_stage(
     world: World, model: ModelSettings, vocab_size: int, dtype: torch.dtype, seed: int,
-    auxiliary: Auxiliary | None = None,
+    auxiliary: Auxiliary | None = None, frozen: bool = False,
 ) -> ParallelStage:  # fmt: skip
-    """Build this rank's blocks with their initial weights: the same numbers in every layout."""
+    """Build this rank's blocks with their initial weights: the same numbers in every layout.
+
+    frozen: without gradients, and without weights until some are loaded
+    """
     place, layout = world.place, world.layout
     chunks = tuple(Blocks(s.first_layer, s.end_layer, s.has_embedding, s.has_head) for s in place.stages)
     module = StageModel(
@@ -81,6 +91,9 @@ def build_stage(
     specs = {}
     for name, parameter in module.named_parameters():
         spec = specs[name] = all_specs[name]
+        if frozen:
+            parameter.requires_grad_(False)
+            continue
         whole = initial_value(name, spec, seed)
         part = spec.cut(whole, place.tensor, place.stage.tp)
         assert part.shape == parameter.shape, (
@@ -92,6 +105,8 @@ def build_stage(
         parameter.tensor_model_parallel = spec.axis is not None  # type: ignore[attr-defined]
         replicated = place.stage.shard == 1 and place.replica > 0
         parameter.shared = replicated or is_copy(world, name)  # type: ignore[attr-defined]
+    if frozen:
+        return ParallelStage(world, module, None, specs, None)
     buckets = DistributedDataParallel(
         module.config,
         DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=place.stage.shard > 1),

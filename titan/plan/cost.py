@@ -100,6 +100,8 @@ class Costs:
     task: TaskSettings
     fleet: Fleet
     profile: Profile
+    frozen: bool = False
+    """Whether there are forward passes alone: no gradients, no optimizer. Such a role is predicted, never planned."""
 
     def kinds_of(self, stage: Stage) -> tuple[str, ...]:
         """The kind of device of each replica. Raises ConfigError if one is not in the inventory or not told."""
@@ -128,6 +130,8 @@ class Costs:
         recompute: whether the backward pass does the layers' forward pass again (arXiv 1604.06174); embedding and head
                    keep what they need
         """
+        if self.frozen:
+            return self._forward_s(stage, kind, samples), 0.0
         layers = stage.end_layer - stage.first_layer
         layer = self.profile.block(kind, "layer", stage.tp, samples)
         forward_s, backward_s = layers * layer.forward_s, layers * layer.backward_in(recompute)
@@ -137,6 +141,16 @@ class Costs:
                 forward_s += block.forward_s
                 backward_s += block.backward_s
         return forward_s, backward_s
+
+    def _forward_s(self, stage: Stage, kind: str, samples: int) -> float:
+        """A forward pass alone: of the head's three products, logits and two gradients, only the first."""
+        layers = stage.end_layer - stage.first_layer
+        forward_s = layers * self.profile.block(kind, "layer", stage.tp, samples).forward_s
+        if stage.has_embedding:
+            forward_s += self.profile.block(kind, "embedding", stage.tp, samples).forward_s
+        if stage.has_head:
+            forward_s += self.profile.block(kind, "head", stage.tp, samples).forward_s / 3
+        return forward_s
 
     def edge_s(self, source: Stage, target: Stage, samples: int, sequence_parallel: bool) -> float:
         """Seconds until the last part of a micro-batch has crossed an edge; messages of one rank go one by one."""
@@ -174,6 +188,8 @@ class Costs:
         Where replicas sit in several islands, the first replica of each then sends its sums to those of all others, and
         gives what comes out to the replicas of its island (`titan.parallel.bridge`).
         """
+        if self.frozen:
+            return 0.0
         stage = stages[0]
         kinds, precision = self.kinds_of(stage), stage.precision or self.task.precision
         sizes = stage.islands or (stage.dp,)
@@ -226,12 +242,16 @@ class Costs:
         most: dict[str, int] = {}
         for kind, share in self.parts_of(layout.positions[position], self.samples_of(layout)):
             most[kind] = max(most.get(kind, 0), share)
-        return {kind: position_memory(self.profile, layout, position, kind, share) for kind, share in most.items()}
+        return {
+            kind: position_memory(self.profile, layout, position, kind, share, self.frozen)
+            for kind, share in most.items()
+        }
 
     def predict(self, layout: Layout) -> Prediction:
         """Everything about a layout. Raises ConfigError for what profile or inventory do not know."""
         number, tails, times = len(layout.positions), self.tails(layout), self.stage_times(layout)
-        line = timeline([layout.actions(position) for position in range(number)], layout.chunks, times, tails)
+        actions = [layout.actions(position, self.frozen) for position in range(number)]
+        line = timeline(actions, layout.chunks, times, tails)
         kinds = [self.kinds_of(stage) for stage in layout.positions]
         needs = tuple(self.memory_at(layout, position) for position in range(number))
         fullest = [max(of, key=lambda kind: of[kind].total - self.fleet.kinds[kind].memory_bytes) for of in needs]

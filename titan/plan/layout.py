@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from titan.config.model import LayoutSettings, ModelSettings, StageSettings
 from titan.config.settings import RunConfig
-from titan.plan.schedule import Schedule, ScheduleName, make_schedule
+from titan.plan.schedule import Pass, Schedule, ScheduleName, make_schedule
 
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
@@ -119,9 +119,10 @@ class Layout:
         stages = self.stages[position :: len(self.positions)]
         return Place(rank, stages, position, *divmod(rank - stages[0].first_rank, stages[0].tp))
 
-    def actions(self, position: int) -> Schedule:
-        """What the ranks at a position do in a training step."""
-        return make_schedule(self.schedule, position, len(self.positions), self.chunks, self.micro_batches)
+    def actions(self, position: int, frozen: bool = False) -> Schedule:
+        """What the ranks at a position do in a training step; frozen: the forward passes of one, in their order."""
+        every = make_schedule(self.schedule, position, len(self.positions), self.chunks, self.micro_batches)
+        return tuple(action for action in every if action.kind is Pass.FORWARD) if frozen else every
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for plan.json."""

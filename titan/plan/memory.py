@@ -49,30 +49,38 @@ def bytes_per_parameter(precision: str, shard: int) -> float:
     return DTYPE_BYTES[precision] + GRADIENT_BYTES + optimizer / shard
 
 
-def position_memory(profile: Profile, layout: Layout, position: int, kind: str, samples: int) -> Memory:
+def position_memory(
+    profile: Profile, layout: Layout, position: int, kind: str, samples: int, frozen: bool = False
+) -> Memory:
     """Bytes of a rank at a position whose replica has `samples` of a micro-batch.
 
     What is in flight follows from the order of the position's passes alone, whatever their times.
+    frozen: weights and no other state, and nothing is kept for a backward pass
     """
     stages = layout.stages[position :: len(layout.positions)]
     task, first = profile.task, stages[0]
     precision = first.precision or task.precision
     edge_bytes = samples * task.sequence_length * task.model.hidden * DTYPE_BYTES[precision]
-    state = sum(stage_parameters(task, stage) for stage in stages) * bytes_per_parameter(precision, first.shard)
+    each = DTYPE_BYTES[precision] if frozen else bytes_per_parameter(precision, first.shard)
+    state = sum(stage_parameters(task, stage) for stage in stages) * each
     kept, workspace = [], 0.0
     for stage in stages:
         layer = profile.block(kind, "layer", first.tp, samples)
         layers = stage.end_layer - stage.first_layer
         kept.append(layers * (edge_bytes if layout.recompute else layer.activation_bytes))
-        workspace = max(workspace, layer.workspace_bytes + layout.recompute * layer.activation_bytes)
+        again = frozen or layout.recompute  # a layer's own activations, for as long as it computes
+        workspace = max(workspace, layer.workspace_bytes + again * layer.activation_bytes)
         ends: tuple[tuple[bool, BlockKind], ...] = ((stage.has_embedding, "embedding"), (stage.has_head, "head"))
         for has, name in ends:
             if has:
                 block = profile.block(kind, name, first.tp, samples)
                 kept[-1] += block.activation_bytes
-                workspace = max(workspace, block.workspace_bytes)
+                workspace = max(workspace, block.workspace_bytes + frozen * block.activation_bytes)
         if not stage.has_head:
             kept[-1] += edge_bytes  # what it produced is held until its gradient has come
+    if frozen:  # what goes out may have to wait until the end of the step
+        outgoing = edge_bytes * layout.micro_batches * sum(not stage.has_head for stage in stages)
+        return Memory(state, outgoing + edge_bytes * (not first.has_embedding), workspace, profile.fixed_bytes(kind))
     now = most = 0.0
     for action in layout.actions(position):
         now += kept[action.chunk] * (1 if action.kind is Pass.FORWARD else -1)

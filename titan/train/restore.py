@@ -5,17 +5,24 @@ from typing import Any
 
 import torch
 
+from titan.checkpoint.llama import llama_parameter
 from titan.checkpoint.load import Checkpoint
 from titan.checkpoint.pieces import Piece, PieceKey
+from titan.checkpoint.pretrained import PretrainedWeights
 from titan.errors import CheckpointError
 from titan.train.optimizer import MOMENTS
 from titan.train.trainer import Trainer
 
 
 def trainer_pieces(trainer: Trainer) -> list[Piece]:
-    """What this rank contributes to a checkpoint: every element of every parameter comes from exactly one rank."""
+    """What this rank contributes to a checkpoint: every element of every parameter comes from exactly one rank.
+
+    Of a frozen model nothing: its weights stay where they came from.
+    """
     place, stage = trainer.world.place, trainer.stage
-    pieces = []
+    pieces: list[Piece] = []
+    if trainer.settings.frozen:
+        return pieces
     for kept in trainer.optimizer.parameter_states():
         cut = stage.specs[kept.name].axis is not None
         replicated = (place.stage.shard == 1 and place.replica > 0) or (not cut and place.tensor > 0)
@@ -29,7 +36,9 @@ def trainer_pieces(trainer: Trainer) -> list[Piece]:
 
 
 def trainer_state(trainer: Trainer) -> dict[str, Any]:
-    """What belongs to no parameter: the optimizer's own step count and the loss scale."""
+    """What belongs to no parameter: the optimizer's own step count and the loss scale; of a frozen model nothing."""
+    if trainer.settings.frozen:
+        return {}
     steps = {float(kept.state["step"]) for kept in trainer.optimizer.parameter_states()}
     assert len(steps) <= 1, f"parameters were stepped {steps} times; they share a step tensor"
     return {"optimizer_step": max(steps, default=0.0), "scaler": trainer.optimizer.scalar_state()}
@@ -39,6 +48,15 @@ def start_from(trainer: Trainer, checkpoint: Checkpoint) -> None:
     """Load weights alone, for a fresh optimizer. Raises CheckpointError for another model."""
     _check_model(trainer, checkpoint)
     _load(trainer, checkpoint, ("weight",))
+
+
+def load_pretrained(trainer: Trainer, weights: PretrainedWeights) -> None:
+    """Give a frozen model its weights, those of a Hugging Face folder that was found to fit."""
+    model, vocab_size, place = trainer.settings.model, trainer.settings.vocab_size, trainer.world.place
+    with torch.no_grad():
+        for name, parameter in trainer.stage.named_parameters().items():
+            whole = llama_parameter(name, weights.read, model, vocab_size)
+            parameter.copy_(trainer.stage.specs[name].cut(whole, place.tensor, place.stage.tp))
 
 
 def restore_trainer(trainer: Trainer, checkpoint: Checkpoint) -> None:

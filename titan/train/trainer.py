@@ -44,6 +44,8 @@ class TrainerSettings:
     seed: int
     auxiliary: Auxiliary | None = None
     """What a student has only while it is distilled."""
+    frozen: bool = False
+    """Forward passes only: no gradients, no optimizer."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class StepResult:
     divergence: float
     """Bucketed KL in nats a token; 0 without labels."""
     grad_norm: float | None
-    """None if fp16 skipped the update."""
+    """None if there was no update: fp16 skipped it, or the model is frozen."""
     learning_rate: float
     tokens: int
     seconds: float
@@ -86,14 +88,20 @@ class Trainer:
         self.world, self.settings, self.pace = world, settings, pace
         self.dtype = self._dtype_of(world.place.stage)
         self.stage = build_stage(
-            world, settings.model, settings.vocab_size, self.dtype, settings.seed, settings.auxiliary
+            world, settings.model, settings.vocab_size, self.dtype, settings.seed, settings.auxiliary, settings.frozen
         )
-        self.optimizer = RoleOptimizer(self.stage, settings.optimizer, self.dtype)
+        self.trained = None if settings.frozen else RoleOptimizer(self.stage, settings.optimizer, self.dtype)
         self.executor = PipelineExecutor(world, self._dtype_of, pace)
         self.rope = rope_table(settings.model, settings.sequence_length, world.platform.device)
         self.shard = None
         if world.place.head_stage is not None:
             self.shard = vocab_shard(self.stage.module, settings.vocab_size, world.groups.tp)
+
+    @property
+    def optimizer(self) -> RoleOptimizer:
+        """Of a model that is not frozen."""
+        assert self.trained is not None, "a frozen model has no optimizer"
+        return self.trained
 
     def step(
         self,
@@ -109,7 +117,7 @@ class Trainer:
         on_labels: Callable[[list[LabelPart]], None] | None = None,
         features: FeatureTap | None = None,
     ) -> StepResult:
-        """One optimizer step on the whole batch.
+        """One optimizer step on the whole batch; of a frozen model the forward pass alone.
 
         tokens: int [batch_size, S + 1], the same on every rank
         labels: of all samples; needed on the last stage when the objective has a weight for them
@@ -124,7 +132,7 @@ class Trainer:
         begin = time.perf_counter()
         batches = self._micro_batches(tokens, np.ones(len(tokens)), labels, sample_ids)
         count = tokens.shape[0] * (tokens.shape[1] - 1)
-        grad_scale = self.optimizer.loss_scale / count
+        grad_scale = None if self.trained is None else self.trained.loss_scale / count
         sums, fit = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         parts: list[LabelPart] = []
 
@@ -145,13 +153,17 @@ class Trainer:
                 parts.append(LabelPart(first, len(batch.tokens_BS), says))
             return result.grad_hidden_ND
 
-        feature_pass = None if features is None else self._feature_pass(features, grad_scale)
-        self.optimizer.zero_gradients()
-        self._run(self.world.layout.actions(self.world.place.position), batches, head, feature_pass)
+        feature_pass = None if features is None else self._feature_pass(features, grad_scale or 0.0)
+        actions = self.world.layout.actions(self.world.place.position, frozen=self.trained is None)
+        if self.trained is not None:
+            self.trained.zero_gradients()
+        self._run(actions, batches, head, feature_pass)
         passed = time.perf_counter()
-        self.stage.reduce_gradients()
-        norm = self.optimizer.step(learning_rate)
-        self.stage.publish_weights()
+        norm = None
+        if self.trained is not None:
+            self.stage.reduce_gradients()
+            norm = self.trained.step(learning_rate)
+            self.stage.publish_weights()
         if self.pace is not None:
             time.sleep(max(0.0, passed + self.pace.update_s - time.perf_counter()))
         if on_labels is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from titan.checkpoint.fence import Fence
 from titan.distill.log.records import decode_line, encode_line, write_all
 from titan.errors import LabelError
 
@@ -49,8 +50,10 @@ def ledger_path(run_folder: Path, name: str) -> Path:
 class Ledger:
     """Appends to a student's ledger; the student's lead rank has it. A torn last line is cut off on opening."""
 
-    def __init__(self, run_folder: Path, name: str):
-        self.path = ledger_path(run_folder, name)
+    def __init__(self, run_folder: Path, name: str, fence: Fence | None = None):
+        """fence: asked before the file is changed; None where nobody else can write"""
+        self.path, self.fence = ledger_path(run_folder, name), fence
+        self._check_fence()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
         self.size_bytes = 0
@@ -65,6 +68,7 @@ class Ledger:
         assert self.last is None or (self.last.end == start and self.last.own_step <= own_step), f"after {self.last}"
         entry = Entry(own_step, start, end, kind, reason)
         line = encode_line(_encode(entry))
+        self._check_fence()
         try:
             write_all(self.descriptor, line)
         except OSError as error:
@@ -88,6 +92,7 @@ class Ledger:
                 f"{self.path} ends at step {reached} of the student, before its checkpoint of step {own_step}; restore "
                 "it, or delete the student's checkpoints so that it begins again"
             )
+        self._check_fence()
         os.ftruncate(self.descriptor, kept_bytes)
         self.size_bytes, self.last = kept_bytes, last
 
@@ -98,6 +103,10 @@ class Ledger:
     def close(self) -> None:
         """Close the file."""
         os.close(self.descriptor)
+
+    def _check_fence(self) -> None:
+        if self.fence is not None:
+            self.fence.check()
 
 
 def read_ledger(path: Path) -> Iterator[Entry]:

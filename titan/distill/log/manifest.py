@@ -38,6 +38,8 @@ class LogManifest:
     """Of the run: batches and draws follow from it."""
     start_step: int = 0
     """The log's first step is the one after this."""
+    weights: str = ""
+    """Fingerprint of a frozen teacher's weights; empty where the teacher trains."""
     format_version: int = FORMAT_VERSION
 
 
@@ -55,19 +57,19 @@ _WHY: dict[str, str] = {
     "temperature": "its labels are at another temperature",
     "seed": "its batches were drawn from another seed",
     "start_step": "it begins at another step",
+    "weights": "its teacher was frozen with other weights",
 }
 _OFFLINE = ("tokenizer_sha256", "vocab_size", "sequence_length")
 """All that a student of another run must agree on."""
-_FOLLOW = tuple(name for name in _WHY if name not in ("start_step", "batch_size"))
+_FOLLOW = tuple(name for name in _WHY if name not in ("start_step", "batch_size", "weights"))
 
 
 def log_manifest(
-    config: RunConfig, corpus: Corpus, run_folder: Path, producer: str, start_step: int = 0
+    config: RunConfig, corpus: Corpus, run_folder: Path, producer: str, start_step: int = 0, weights: str = ""
 ) -> LogManifest:
-    """What a log of this run says of itself."""
-    own = run_folder / "config.toml"
+    """What a log of this run says of itself; weights: fingerprint of a frozen teacher's."""
     return LogManifest(
-        run_id=hashlib.sha256(own.read_bytes()).hexdigest()[:16] if own.exists() else "",
+        run_id=run_id(run_folder),
         producer=producer,
         tokenizer_sha256=hashlib.sha256(corpus.tokenizer.path.read_bytes()).hexdigest(),
         vocab_size=corpus.vocab_size,
@@ -77,7 +79,14 @@ def log_manifest(
         temperature=config.labels.temperature,
         seed=config.run.seed,
         start_step=start_step,
+        weights=weights,
     )
+
+
+def run_id(run_folder: Path) -> str:
+    """What tells runs apart: a hash of their settings; empty without any."""
+    own = run_folder / "config.toml"
+    return hashlib.sha256(own.read_bytes()).hexdigest()[:16] if own.exists() else ""
 
 
 def write_manifest(folder: Path, manifest: LogManifest) -> None:

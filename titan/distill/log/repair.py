@@ -25,15 +25,15 @@ from titan.distill.log.segment import (
 from titan.errors import LabelError
 
 
-def reopen(folder: Path, needed: int = 0) -> int:
+def reopen(folder: Path, needed: int = 0, durable: int = 0) -> int:
     """Repair a log after a stop of any kind and return the last committed step.
 
     Drops what was not committed: a torn commit line, an end record, blocks of steps without a commit; makes indexes
     again that are missing or torn. Call it while nobody writes; readers may go on. An empty log's last step is the
     manifest's `start_step`, or 0.
     Raises LabelError, naming file and place, if something committed is damaged, or if steps up to `needed`, that of
-    the producer's checkpoint, are not there; the log is then left as it is. Payloads are checked from `needed` on, as
-    a checkpoint makes those before it durable.
+    the producer's checkpoint, are not there; the log is then left as it is. Payloads are checked behind `needed` or
+    `durable`, as a checkpoint makes those before it durable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     old = next(folder.glob("part-*.labels"), None)
@@ -48,7 +48,7 @@ def reopen(folder: Path, needed: int = 0) -> int:
             "are missing; restore it, or start a new run"
         )
     kept = first_kept(folder)
-    ends, found = _scan_all(folder, last, payloads_from=max(needed + 1, kept))
+    ends, found = _scan_all(folder, last, payloads_from=max(needed + 1, durable + 1, kept))
     for commit in commits:
         blocks = found.get(commit.step, [])
         if commit.step >= kept and not covers(blocks, commit.samples):

@@ -1,42 +1,49 @@
 """How much of a log is kept: readers say where they are, and the producer drops old segments at its checkpoints.
 
     labels/PRODUCER/readers/NAME.json   the last step that is in a checkpoint of this reader
+    labels/PRODUCER/readers/NAME.at     the last step that it has learned; only of readers that are waited for
     labels/PRODUCER/kept.json           the first step that is still there; absent while all are
 
 Commit records are never dropped: a step takes about 100 bytes there, and the audit counts with them.
 """
 
+import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
+from titan.distill.log.index import read_index
 from titan.distill.log.records import decode_line, encode_line
-from titan.distill.log.segment import first_step_of, index_path, parts_of, scan, segments_of
+from titan.distill.log.segment import first_step_of, index_path, part_folder, parts_of, scan, segments_of
 from titan.errors import ConfigError, LabelError
 from titan.observe.files import write_whole
 
 READERS, KEPT = "readers", "kept.json"
-WAIT_S = 0.5
+NOBODY: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Retention:
     """What the settings say."""
 
-    keep: Literal["all", "slowest"] = "all"
-    """Everything, or what the slowest reader has not learned."""
+    keep: Literal["all", "needed"] = "all"
+    """Everything, or what the slowest reader needs: what its newest checkpoint has not learned."""
     max_bytes: int | None = None
     """Of segments and their indexes."""
     when_full: Literal["drop", "wait", "stop"] = "stop"
     """Drop steps that some reader still needs, wait for the readers, or stop the run."""
+    room_bytes: int = 0
+    """To be left free of `max_bytes`: what the next step will take."""
 
     def __post_init__(self) -> None:
         if self.keep == "all" and self.max_bytes is not None and self.when_full == "wait":
             raise ConfigError(
                 "labels.when_full is 'wait' and labels.keep is 'all', so no reader could ever make room; "
-                "set labels.keep = 'slowest'"
+                "set labels.keep = 'needed'"
             )
 
 
@@ -88,20 +95,56 @@ def first_kept(folder: Path) -> int:
     return int(_read_line(path)["first_step"]) if path.exists() else 0
 
 
-def retain(folder: Path, retention: Retention, expected: Collection[str] = ()) -> Kept:
-    """Drop what need not be kept. The producer calls it between two steps, at a checkpoint.
+def write_position(folder: Path, reader: str, step: int) -> None:
+    """Say that a reader has learned a step, in a checkpoint or not. Nothing is lost with it, so it is not durable."""
+    (folder / READERS).mkdir(parents=True, exist_ok=True)
+    draft = folder / READERS / f".{reader}.at.{os.getpid()}.tmp"
+    draft.write_bytes(b"%d\n" % step)
+    draft.replace(folder / READERS / f"{reader}.at")
 
-    expected: readers that count even if they never said where they are: they need everything
+
+def read_position(folder: Path, reader: str) -> int | None:
+    """The last step that a reader said to have learned; None if it said nothing."""
+    with suppress(FileNotFoundError, ValueError):
+        return int((folder / READERS / f"{reader}.at").read_bytes())
+    return None
+
+
+def log_bytes(folder: Path) -> int:
+    """What all segments and indexes take."""
+    size = 0
+    for part in parts_of(folder):
+        for entry in os.scandir(part_folder(folder, part)):
+            with suppress(FileNotFoundError):
+                size += entry.stat().st_size
+    return size
+
+
+def largest_step_bytes(folder: Path) -> int:
+    """What a step takes at most, by the newest segments; 0 for an empty log."""
+    total = 0
+    for part in parts_of(folder):
+        sizes: dict[int, int] = {}
+        for entry in read_index(paths[-1]) if (paths := segments_of(folder, part)) else ():
+            sizes[entry.step] = sizes.get(entry.step, 0) + entry.length + len(entry.pack())
+        total += max(sizes.values(), default=0)
+    return total
+
+
+def retain(folder: Path, retention: Retention, expected: Mapping[str, int] = NOBODY) -> Kept:
+    """Drop what need not be kept. The producer calls it between two steps.
+
+    expected: readers that count even if they never said where they are, and the step they need nothing before
     Raises LabelError if the log is full and the run is to stop.
     """
-    places = dict.fromkeys(expected, 0) | read_places(folder)
+    places = dict(expected) | read_places(folder)
     segments = _segments(folder)
     size = sum(segment.size_bytes for segment in segments)
     first, dropped = first_kept(folder), 0
     newest = max((segment.last_step for segment in segments), default=0)
-    if retention.keep == "slowest" and places:
+    if retention.keep == "needed" and places:
         first, dropped = _drop(folder, segments, min(min(places.values()) + 1, newest), first)
-    over = 0 if retention.max_bytes is None else size - dropped - retention.max_bytes
+    over = 0 if retention.max_bytes is None else size - dropped + retention.room_bytes - retention.max_bytes
     rest = [segment for segment in segments if segment.path.exists()]
     if over <= 0 or retention.when_full == "wait":
         could_shrink = any(segment.last_step < newest for segment in rest)
@@ -116,20 +159,12 @@ def retain(folder: Path, retention: Retention, expected: Collection[str] = ()) -
     return Kept(first, size - dropped - more, dropped + more, full=False, overtaken=behind if more else ())
 
 
-def wait_for_room(
-    folder: Path,
-    retention: Retention,
-    expected: Collection[str] = (),
-    give_up: Callable[[], bool] = lambda: False,
-    pause_s: float = WAIT_S,
-) -> tuple[Kept, float]:
-    """`retain`, and with `wait` again until readers made room or `give_up` says so; also the seconds that took."""
-    begin = time.monotonic()
-    while True:
-        kept = retain(folder, retention, expected)
-        if not kept.full or give_up():
-            return kept, time.monotonic() - begin
-        time.sleep(pause_s)
+def drop_before(folder: Path, first: int) -> None:
+    """Drop the steps before one, as far as they are in segments of their own."""
+    before = first_kept(folder)
+    if first > before:
+        write_whole(folder / KEPT, encode_line({"first_step": first}))
+    _drop(folder, _segments(folder), max(first, before), max(first, before))
 
 
 def delete_dropped(folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from titan.checkpoint.fence import Fence
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader, decode_block
 from titan.distill.log.index import make_entry
 from titan.distill.log.records import COMMITS, Commit, End, encode_record, write_all
@@ -24,12 +25,19 @@ class LabelWriter:
     """Appends the blocks of one part. Steps up to `committed` are dropped: their first write stands.
 
     segment_bytes: a new segment begins with the first step after the newest has this size
+    fence:         asked before each write; None where nobody else can write
     """
 
     def __init__(
-        self, folder: Path, part: int, committed: int, segment_bytes: int = SEGMENT_BYTES, write: Write = write_all
+        self,
+        folder: Path,
+        part: int,
+        committed: int,
+        segment_bytes: int = SEGMENT_BYTES,
+        write: Write = write_all,
+        fence: Fence | None = None,
     ):
-        self.folder, self.part, self.committed = folder, part, committed
+        self.folder, self.part, self.committed, self.fence = folder, part, committed, fence
         self.segment_bytes, self.write = segment_bytes, write
         self.step = committed
         """The step of the newest block."""
@@ -54,6 +62,8 @@ class LabelWriter:
         assert header.step == step >= self.step, f"a block of step {header.step} appended as {step} after {self.step}"
         if sample_ids is None:
             sample_ids = decode_block(header, block[HEADER_BYTES:]).sample_ids_B.tolist()
+        if self.fence is not None:
+            self.fence.check()
         try:
             if self.path is None or (step > self.step and self.size_bytes >= self.segment_bytes):
                 self._open(step)
@@ -113,8 +123,9 @@ class LabelWriter:
 class CommitWriter:
     """Writes commit records; one rank of the producer has it. The first step of a new log is `committed` + 1."""
 
-    def __init__(self, folder: Path, committed: int, write: Write = write_all):
-        self.path, self.committed, self.write = folder / COMMITS, committed, write
+    def __init__(self, folder: Path, committed: int, write: Write = write_all, fence: Fence | None = None):
+        """fence: asked before each record; None where nobody else can write"""
+        self.path, self.committed, self.write, self.fence = folder / COMMITS, committed, write, fence
         self.size_bytes = self.path.stat().st_size if self.path.exists() else 0
         self.descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
@@ -141,6 +152,8 @@ class CommitWriter:
 
     def _append(self, record: Commit | End) -> None:
         line = encode_record(record)
+        if self.fence is not None:
+            self.fence.check()
         try:
             self.write(self.descriptor, line)
         except OSError as error:

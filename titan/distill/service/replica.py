@@ -1,16 +1,14 @@
 """Writing the second copy of a log, on another node, before a step is committed."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.flight as flight
 
-from titan.distill.log.index import offset_of_step
 from titan.distill.log.manifest import MANIFEST
 from titan.distill.log.records import Commit, CommitCursor, End, encode_record
 from titan.distill.log.retention import first_kept
-from titan.distill.log.segment import Located, first_step_of, scan, segments_of
+from titan.distill.log.second_copy import committed_blocks
 from titan.distill.service.connection import Connection, Unreachable, patiently
 from titan.distill.service.protocol import (
     BLOCK_SCHEMA,
@@ -138,27 +136,8 @@ def _missing(cursor: CommitCursor, last: int) -> list[Commit]:
 
 def _copy(folder: Path, commits: Sequence[Commit], writer: ReplicaWriter) -> None:
     """Send committed steps, part by part."""
-    parts = {part for commit in commits for part in commit.parts}
-    blocks = {part: groupby(_blocks(folder, part, commits[0].step), lambda found: found.header.step) for part in parts}
-    for commit in commits:
-        for part in commit.parts:
-            step, found = next(blocks[part])
-            assert step == commit.step, f"part {part} of {folder} has step {step}, the log {commit.step}"
+    for commit, blocks in committed_blocks(folder, commits):
+        for part, block in blocks:
             writer.part = part
-            for block in found:
-                writer.append(step, _read(block))
+            writer.append(commit.step, block)
         writer.commit(commit)
-
-
-def _blocks(folder: Path, part: int, first_step: int) -> Iterator[Located]:
-    """Blocks of a part from a step on."""
-    paths = segments_of(folder, part)
-    for path, following in zip(paths, [*paths[1:], None], strict=True):
-        if following is None or first_step_of(following) > first_step:
-            yield from scan(path, offset_of_step(path, first_step))
-
-
-def _read(block: Located) -> bytes:
-    with open(block.path, "rb") as file:
-        file.seek(block.offset)
-        return file.read(block.length)
