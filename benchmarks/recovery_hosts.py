@@ -26,7 +26,6 @@ SETTINGS = (
     "run.steps=1000000",
     "checkpoint.every_steps=100",
     "recovery.max_restarts=100",
-    "recovery.hang_timeout_s=60",
     "labels.delivery=files",
     "cluster.nodes=3",
     "cluster.cpu_ranks_per_core=4",

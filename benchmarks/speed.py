@@ -152,8 +152,10 @@ class Bench:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
         done = subprocess.run(
             [self.peer, "-W", "ignore", str(PEER), json.dumps(asked)],
-            env=environment, check=True, timeout=TIMEOUT_S, capture_output=True, text=True,
+            env=environment, check=False, timeout=TIMEOUT_S, capture_output=True, text=True,
         )  # fmt: skip
+        if done.returncode:
+            sys.exit(f"{self.peer} {PEER} failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
         return step_times(json.loads(done.stdout.splitlines()[-1]))
 
 

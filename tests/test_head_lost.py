@@ -1,7 +1,9 @@
 """Ray's head dies under a run: every role saves, and one line says so, before Ray ends the process itself."""
 
 import socket
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -16,23 +18,32 @@ from titan.observe.metrics import StepMetric, read_metrics
 RAY_ENDS_S = 60.0
 
 
-def test_a_head_is_lost_only_after_a_while_without_an_answer() -> None:
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30.0
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_a_head_is_lost_only_after_a_while_without_an_answer_and_that_must_be_heeded(heeds: bool) -> None:
+    stuck = threading.Event()
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
-    with HeadWatch(f"127.0.0.1:{port}", gone_s=2.5) as watch:
-        time.sleep(1.5)
-        assert watch.answers and not watch.lost
+    with HeadWatch(stuck.set, f"127.0.0.1:{port}", every_s=0.05, gone_s=2.0, heed_s=0.5) as watch:
         server.close()
-        time.sleep(1.5)
-        assert not watch.answers and not watch.lost  # it may come again
+        until(lambda: not watch.answers)
+        assert not watch.lost  # it may come again
         server = socket.create_server(("127.0.0.1", port))
-        time.sleep(3.0)
-        assert watch.answers and not watch.lost
+        until(lambda: watch.answers)
+        assert not watch.lost and watch.look()
         server.close()
-        deadline = time.monotonic() + 30.0
-        while not watch.lost:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        begin = time.monotonic()
+        until(lambda: watch.lost)
+        assert time.monotonic() - begin > 1.0 and not stuck.is_set()
+        if heeds:
+            watch.heeded.set()
+        assert stuck.wait(1.5) is not heeds
 
 
 @pytest.mark.slow

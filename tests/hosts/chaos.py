@@ -11,7 +11,7 @@ from tests.hosts.cluster import HurtRun, NotThereError
 from tests.hosts.namespaces import hosts
 from tests.runs import titan, write_tiny_config
 from titan.distill.log.ledger import Place, ledger_path, read_ledger
-from titan.observe.events import event_time_s, read_events
+from titan.observe.events import read_events
 from titan.observe.files import read_lines
 from titan.observe.metrics import StepMetric, read_metrics
 
@@ -56,10 +56,10 @@ class HostsResult:
     starts: int = 0
     """Of the driver."""
     problems: list[str] = field(default_factory=list)
-    noticed_s: dict[str, float] = field(default_factory=dict)
-    """By kind of fault: median seconds until a role was found lost, or the run ended."""
+    ended_s: dict[str, list[float]] = field(default_factory=dict)
+    """By kind of fault that ends a run: seconds until it had saved what it could, said why, and ended."""
     recovered_s: dict[str, float] = field(default_factory=dict)
-    """By role: median seconds from then to the first step after it."""
+    """By role: median seconds from the moment that a failure was seen to the first step after it."""
     restarts: int = 0
     layouts: int = 0
     """How often a role went on with fewer ranks, or more again."""
@@ -105,19 +105,15 @@ def _disturb(hurt: HurtRun, config: Path, faults: int, rng: random.Random, resul
     deck = [kind for turn in range(-(-faults // len(KINDS))) for kind in KINDS][:faults]
     rng.shuffle(deck)
     hurt.begin("run", config)
-    struck: list[tuple[str, float]] = []
     for number, kind in enumerate(deck, start=1):
         goal = result.steps * number // (faults + 1)
         hurt.wait(lambda goal=goal: _has_come(hurt, goal), PROGRESS_S, f"step {goal} of the teacher")  # type: ignore[misc]
         time.sleep(rng.uniform(0.0, 2.0))
         print(f"{kind} at step {_teacher_step(hurt.run)}", flush=True)
-        begin = time.time()
         took = _strike(hurt, kind, rng)
         result.faults[kind] = result.faults.get(kind, 0) + 1
-        struck.append((kind, begin))
         if took is not None:
-            result.noticed_s.setdefault(kind, took)
-    _note_times(hurt.run, struck, result)
+            result.ended_s.setdefault(kind, []).append(took)
 
 
 def _strike(hurt: HurtRun, kind: str, rng: random.Random) -> float | None:
@@ -158,21 +154,6 @@ def _has_come(hurt: HurtRun, step: int) -> bool:
 def _teacher_step(run: Path) -> int:
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if line["role"] == "teacher"]
     return max(steps, default=0)
-
-
-def _note_times(run: Path, struck: list[tuple[str, float]], result: HostsResult) -> None:
-    """Detection of faults that cost a rank: the first loss that was told between a fault and the next."""
-    events = read_events(run)
-    ends = [begin for _, begin in struck[1:]] + [time.time()]
-    seconds: dict[str, list[float]] = {}
-    for (kind, begin), end in zip(struck, ends, strict=True):
-        lost = [
-            event_time_s(event) - begin for event in events if event["event"] in ("rank_lost", "label_service_lost")
-        ]
-        first = min((one for one in lost if 0 <= one <= end - begin), default=None)
-        if first is not None and kind not in ("driver killed", "disk full", "head killed"):
-            seconds.setdefault(kind, []).append(first)
-    result.noticed_s |= {kind: round(statistics.median(found), 2) for kind, found in seconds.items()}
 
 
 def _look_at_files(calm: Path, run: Path, steps: int, result: HostsResult) -> None:

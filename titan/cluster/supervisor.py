@@ -1,9 +1,12 @@
 """The supervisor: a small state machine in the driver that plans, spawns the ranks, watches them and winds up."""
 
 import json
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -14,11 +17,12 @@ import ray
 
 from titan.checkpoint.fence import read_generation
 from titan.checkpoint.folder import find_checkpoint
-from titan.cluster.failure import Failure, error_of
+from titan.cluster.failure import Failure
 from titan.cluster.grace import Grace
-from titan.cluster.head import HeadWatch
+from titan.cluster.head import HeadWatch, save_without_head
 from titan.cluster.label_service import ServiceKeeper
 from titan.cluster.planning import Planned, plan_picture, with_layouts
+from titan.cluster.processes import kill_processes
 from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError
 from titan.cluster.room import layout_for, who_must_give_way
@@ -44,8 +48,6 @@ LOOK_S = 0.05
 """The same while ranks start: each of their phases ends soon."""
 
 
-SAVE_S = 20.0
-"""For roles to save once Ray's head is lost: a minute after that, Ray ends this process."""
 LEAST_S = 0.01
 RECONSIDER_S = 1.0
 
@@ -99,7 +101,8 @@ class Supervisor:
             local = self.config.cluster.address is None
             self.service = ServiceKeeper(run_folder, events, LOCALHOST if local else None)
         self.spares = SparePool(self.config, events)
-        self.head = HeadWatch()
+        self.head = HeadWatch(self._leave_without_head)
+        self.begin = time.monotonic()
         self.recovering: dict[str, float] = {}
         """Roles that failed and have made no step since, and when that was noticed."""
         self._next_look: dict[str, float] = {}
@@ -249,14 +252,8 @@ class Supervisor:
 
     def _without_head(self) -> PlatformError:
         """Ray's head is lost: roles that train save and end, which needs no head; nothing can be started any more."""
-        training = [group for group in self.groups.values() if group.phase is Phase.TRAIN]
-        for group in training:
-            group.request_stop()
-        pending = [ref for group in training for ref in group.pending]
-        if pending:
-            ray.wait(pending, num_returns=len(pending), timeout=SAVE_S)
-        done = set(ray.wait(pending, num_returns=len(pending), timeout=0)[0]) if pending else set()
-        late = [one.role for one in training if not all(ref in done and error_of(ref) is None for ref in one.pending)]
+        self.head.heeded.set()
+        late = save_without_head(self.groups.values())
         self.events.emit("head_lost", address=self.head.address, not_saved=late)
         return PlatformError(
             f"Ray's head at {self.head.address} could not be reached for {self.head.gone_s:.0f} s: "
@@ -264,6 +261,17 @@ class Supervisor:
             + ("; " if self.config.cluster.address is None else "; start Ray again, then ")
             + f"`titan resume {self.run_folder}` goes on from there"
         )
+
+    def _leave_without_head(self) -> None:
+        """The same in the watch's thread, as the main one waits for the head inside Ray and cannot be woken."""
+        error = self._without_head()
+        for group in self.groups.values():
+            kill_processes(group.places, headless=True)
+        with suppress(OSError):
+            self.events.emit("error", error=str(error))
+            self.events.emit("run_finished", status="failed", wall_s=round(time.monotonic() - self.begin, 1))
+        print(f"titan: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)
 
     def _train(self, group: RoleGroup) -> None:
         """Let a role train whose ranks are up, and leave word of where they are."""
