@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -14,30 +15,39 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from titan.cluster.rank_actor import Whereabouts
 
 KILL_WAIT_S = 10.0
+LOOK_S = 0.25
 
 
 def kill_processes(places: Sequence[Whereabouts], headless: bool = False) -> None:
-    """SIGKILL, on every node that lives; returns when they are gone, or KILL_WAIT_S later.
+    """SIGKILL, on every node that lives; returns when they are gone, or their node is, or KILL_WAIT_S later.
 
     headless: only on this host, as Ray's head is lost; elsewhere they end with their node
     """
     if headless:
         kill_pids([place.pid for place in places if place.host == socket.gethostname()])
         return
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = _alive()
     here = ray.get_runtime_context().get_node_id()
     by_node: dict[str, list[int]] = {}
     for place in places:
         by_node.setdefault(place.node_id, []).append(place.pid)
-    calls = []
+    calls: dict[Any, str] = {}
     for node, pids in by_node.items():
         if node == here and all(place.host == socket.gethostname() for place in places if place.node_id == node):
             kill_pids(pids)
         elif node in alive:
             affinity = NodeAffinitySchedulingStrategy(node, soft=False)
-            calls.append(ray.remote(kill_pids).options(num_cpus=0, scheduling_strategy=affinity).remote(pids))
-    if calls:
-        ray.wait(calls, num_returns=len(calls), timeout=KILL_WAIT_S)
+            calls[ray.remote(kill_pids).options(num_cpus=0, scheduling_strategy=affinity).remote(pids)] = node
+    deadline = time.monotonic() + KILL_WAIT_S
+    while calls and time.monotonic() < deadline:  # a host that was lost counts as alive for some seconds
+        ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=LOOK_S)
+        alive = _alive()
+        calls = {call: node for call, node in calls.items() if call not in ready and node in alive}
+
+
+def _alive() -> set[str]:
+    """Nodes that Ray has not given up."""
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def kill_pids(pids: Sequence[int]) -> None:

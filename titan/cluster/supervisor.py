@@ -342,6 +342,7 @@ class Supervisor:
         policy = self.config.recovery
         if not failure.passes or policy.policy == "stop":
             raise self._give_up(failure)
+        self.events.emit("rank_lost", **failure.fields, error=failure.message)
         group.kill()
         step = self._tidy(group.role)
         count, last = self.restarts.get(group.role, (0, -1))
@@ -350,7 +351,6 @@ class Supervisor:
         if count > policy.max_restarts:
             raise self._give_up(failure, f"; it was restarted {policy.max_restarts} times from step {step} "
                                          "(recovery.max_restarts)")  # fmt: skip
-        self.events.emit("rank_lost", **failure.fields, error=failure.message)
         self.events.emit("restarting", role=group.role, from_step=step, lost_steps=max(0, group.last_step - step))
         self.display.log(f"{time.strftime('%H:%M:%S')}  {failure.message}; {group.role} goes on from step {step}")
         self._start_again(group, step, since)
