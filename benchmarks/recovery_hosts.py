@@ -59,7 +59,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, lis
         for name in PHASES.values():
             parts[name] = [one[name] for one in rounds]
         starts = [sum(one[name] for name in PHASES.values()) for one in rounds]
-        parts["files, decisions"] = [
+        parts["ending old processes, files"] = [
             one["ranks_up"] - one["rank_lost"] - start for one, start in zip(rounds, starts, strict=True)
         ]
         parts["first step"] = [one["recovered"] - one["ranks_up"] for one in rounds]

@@ -1,4 +1,4 @@
-"""Whether Ray's head is there, asked by a thread of its own, and how roles save without it.
+"""Whether Ray's head is there, asked by a thread of its own.
 
 Without its head, Ray answers some calls only after a minute, and then ends this process. What needs no head goes on:
 calls to actors that are up. So a run that notices in time lets every role save, and says what happened.
@@ -7,13 +7,10 @@ calls to actors that are up. So a run that notices in time lets every role save,
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Self
 
 import ray
-
-from titan.cluster.failure import error_of
-from titan.cluster.role_group import Phase, RoleGroup
 
 LOOK_EVERY_S = LOOK_S = 1.0
 """Between two looks, and for one."""
@@ -21,8 +18,6 @@ GONE_S = 8.0
 """A head that could not be reached for so long is lost."""
 HEED_S = 5.0
 """Who has not heeded a lost head for so long waits for it, in a call to Ray."""
-SAVE_S = 20.0
-"""For roles to save once the head is lost: a minute after that, Ray ends this process."""
 
 
 class HeadWatch:
@@ -64,7 +59,7 @@ class HeadWatch:
         try:
             socket.create_connection((host, int(port)), LOOK_S).close()
             self.answers = True
-        except OSError:
+        except (OSError, ValueError):  # an address may also be a word that only Ray understands
             self.answers = False
         return self.answers
 
@@ -79,15 +74,3 @@ class HeadWatch:
                 if not self.heeded.wait(self.heed_s):
                     self.stuck()
                 return
-
-
-def save_without_head(groups: Iterable[RoleGroup]) -> list[str]:
-    """Let the roles that train save and end; returns those that could not, also those that were just starting."""
-    groups = list(groups)
-    training = [group for group in groups if group.phase is Phase.TRAIN]
-    for group in training:
-        group.request_stop()
-    pending = [ref for group in training for ref in group.pending]
-    done = set(ray.wait(pending, num_returns=len(pending), timeout=SAVE_S)[0]) if pending else set()
-    saved = [one for one in training if all(ref in done and error_of(ref) is None for ref in one.pending)]
-    return [group.role for group in groups if group.phase is not Phase.DONE and group not in saved]

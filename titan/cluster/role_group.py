@@ -5,7 +5,7 @@ while the others train.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -29,6 +29,8 @@ START_HANG_S = 60.0
 """The same for a rank that starts: imports leave no room for an answer, and an actor takes a while to be there."""
 CAUSE_WAIT_S = 3.0
 """How long to collect failures after the first: the rank at fault may be reported after those that lost their peer."""
+SAVE_S = 20.0
+"""For roles to save once Ray's head is lost: a minute after that, Ray ends this process."""
 LOGS = "see Ray's logs in /tmp/ray"
 
 
@@ -294,3 +296,15 @@ class RoleGroup:
             remove_placement_group(group)
         self.actors, self.places, self._room, self._asked = [], [], [], {}
         self._enter(Phase.IDLE, [])
+
+
+def save_without_head(groups: Iterable[RoleGroup]) -> list[str]:
+    """Let the roles that train save and end, Ray's head being lost; returns those that could not, or were not up."""
+    groups = list(groups)
+    training = [group for group in groups if group.phase is Phase.TRAIN]
+    for group in training:
+        group.request_stop()
+    pending = [ref for group in training for ref in group.pending]
+    done = set(ray.wait(pending, num_returns=len(pending), timeout=SAVE_S)[0]) if pending else set()
+    saved = [one for one in training if all(ref in done and error_of(ref) is None for ref in one.pending)]
+    return [group.role for group in groups if group.phase is not Phase.DONE and group not in saved]

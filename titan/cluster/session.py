@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import ray
 
+from titan.cluster.head import HeadWatch
 from titan.cluster.token import joining_token, local_token
 from titan.config.environment import cpu_count, prepare_environment, ray_address
 from titan.config.settings import ClusterSettings
@@ -36,7 +38,8 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
             if settings.address is None:
                 _start(settings)
             else:
-                _join(ray_address(settings.address), variables)
+                with _watched(ray_address(settings.address)):
+                    _join(ray_address(settings.address), variables)
         except SystemExit:  # what Ray makes of a SIGTERM
             raise KeyboardInterrupt from None
         except Exception as error:  # Ray raises whatever went wrong below it
@@ -46,8 +49,9 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
             raise PlatformError(f"cannot {verb} {where}: {first}; {remedy}") from error
         signal.signal(signal.SIGTERM, heed)  # Ray has put a handler of its own in its place
         try:
-            if not local:
-                _wait_for_nodes(settings)
+            if settings.address is not None:
+                with _watched(ray_address(settings.address)):
+                    _wait_for_nodes(settings)
             yield
         finally:
             ray.shutdown()
@@ -68,6 +72,27 @@ def _start(settings: ClusterSettings) -> None:
 
 def _join(address: str, variables: dict[str, str]) -> None:
     ray.init(address=address, log_to_driver=False, configure_logging=False, runtime_env={"env_vars": variables})
+
+
+@contextmanager
+def _watched(address: str) -> Iterator[None]:
+    """While Ray is waited for: if its head was there and then is not, the process ends with a word on it."""
+
+    def leave() -> None:
+        print(
+            f"titan: Ray's head at {address} was there and then could not be reached for {watch.gone_s:.0f} s; start "
+            "Ray again, then `titan resume` the run",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(PlatformError.exit_code)
+
+    watch = HeadWatch(leave, address)
+    if not watch.look():  # Ray says what is wrong
+        yield
+        return
+    with watch:
+        yield
 
 
 def _wait_for_nodes(settings: ClusterSettings) -> None:

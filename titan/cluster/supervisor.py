@@ -19,12 +19,12 @@ from titan.checkpoint.fence import read_generation
 from titan.checkpoint.folder import find_checkpoint
 from titan.cluster.failure import Failure
 from titan.cluster.grace import Grace
-from titan.cluster.head import HeadWatch, save_without_head
+from titan.cluster.head import HeadWatch
 from titan.cluster.label_service import ServiceKeeper
 from titan.cluster.planning import Planned, plan_picture, with_layouts
 from titan.cluster.processes import kill_processes
 from titan.cluster.replan import replan_gain
-from titan.cluster.role_group import Phase, RoleGroup, RoleLostError
+from titan.cluster.role_group import Phase, RoleGroup, RoleLostError, save_without_head
 from titan.cluster.room import layout_for, who_must_give_way
 from titan.cluster.session import discover
 from titan.cluster.spares import SparePool
@@ -156,7 +156,7 @@ class Supervisor:
     # --- SPAWN ---
 
     def _spawn(self) -> None:
-        """Start all ranks; training begins when all of them are up. Raises WorkerError if one fails."""
+        """Start all ranks; training begins when all of them are up. Raises WorkerError if that cannot be."""
         self.state = State.SPAWN
         begin = time.monotonic()
         for role in self.config.roles:
@@ -169,10 +169,14 @@ class Supervisor:
         total = sum(group.num_ranks for group in groups)
         while not all(group.phase is Phase.READY for group in groups):
             for group in groups:
+                noticed = time.monotonic()
                 try:
+                    self._reconsider(group)
                     group.advance()
                 except RoleLostError as lost:
-                    raise self._give_up(group.cause(lost.errors)) from None
+                    if not self.head.look():
+                        break
+                    self._recover(group, group.cause(lost.errors), noticed)
             self.display.phase(_starting(groups, total))
             self.display.refresh()
             if self.signals:
