@@ -83,7 +83,7 @@ class Bench:
                 "labels": {"without_students": labels, "delivery": "files"},
                 "checkpoint": {"every_steps": 100_000},
                 "eval": {"samples": 16},
-                "cluster": {"device": "cpu", "cpu_ranks_per_core": 4},
+                "cluster": {"device": "cpu", "cpu_ranks_per_core": 8},
             }
         )  # fmt: skip
         path = self.work / f"{name}.toml"
@@ -128,7 +128,7 @@ class Bench:
                                 os.sched_setaffinity(int(thread.name), {TEACHER_CORE})
                         return
             time.sleep(0.1)
-        sys.exit(f"{config}: {role} did not start in {TIMEOUT_S:.0f} s")
+        sys.exit(f"{config}: {role} did not start; its output is in {config.with_suffix('.log')}")
 
     def ends(self, config: Path) -> Ends:
         """Of a run that is over."""
