@@ -25,9 +25,10 @@ from benchmarks.label_models import Models, random_draws, renormalised, sent, wi
 from titan.config.distillation import LabelSettings
 from titan.data.sampler import SampleBatch
 from titan.distill.control import ControlTracker
-from titan.ops.head import HeadResult, Objective, run_head
+from titan.ops.head import HeadResult, run_head
 from titan.ops.label import DenseLabels, SparseLabels
 from titan.ops.look import VocabShard
+from titan.ops.objective import Objective
 from titan.tasks.causal_lm import told
 
 BUDGET_BYTES = 36.0

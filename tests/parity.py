@@ -8,7 +8,7 @@ from tests.worlds import BATCH, GQA, TIED, World, labels_of, make_trainer, run_w
 from titan.checkpoint.folder import newest_step, step_folder
 from titan.checkpoint.load import Checkpoint
 from titan.config.model import LayoutSettings, ModelSettings, Precision
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.train.restore import restore_trainer
 
 STEPS = 30

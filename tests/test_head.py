@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import titan.ops.look as look_module
-from tests.worlds import World, run_world
+from tests.worlds import run_world
 from titan.config.model import LayoutSettings
-from titan.ops.head import Chunk, HeadResult, Objective, run_head
+from titan.ops.head import HeadResult, run_head
 from titan.ops.label import SparseLabels
 from titan.ops.look import VocabShard
+from titan.ops.objective import Chunk, Objective
 from titan.ops.sparse import SMALLEST_TAIL
+from titan.parallel.world import World
 
 WIDTH = 16
 FLOOR = SMALLEST_TAIL

@@ -12,10 +12,12 @@ from torch import Tensor
 from tests.worlds import labels_of, make_trainer, run_world, tokens_of
 from titan.config.model import LayoutSettings
 from titan.distill.control import ControlTracker
-from titan.ops.head import Chunk, HeadResult, Objective, run_head
+from titan.ops.head import HeadResult, run_head
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws
 from titan.ops.look import VocabShard
+from titan.ops.objective import Chunk, Objective
 from titan.ops.says import label_logits
+from titan.ops.sparse import CAP, LOOKED_AT
 from titan.parallel.world import World
 
 TOKENS, SIZE, ROWS, WIDTH = 30, 90, 128, 16
@@ -66,6 +68,14 @@ def student_tail(labels: SparseLabels, temperature: float) -> tuple[Tensor, Tens
     return q, tail / tail.sum(1, keepdim=True), 1 - labels.log_prob_NK.double().exp().sum(1), head
 
 
+def held_against(q: Tensor, inner: Tensor, draws: int, control: float) -> Tensor:
+    """The student's own tail, of whose largest entries none may be above a share of what a draw stands for."""
+    own = inner.clone()
+    for id in q.topk(LOOKED_AT).indices if control < 1 else ():
+        own[id] = min(float(own[id]), CAP / (1 - control) / max(1, draws))
+    return own
+
+
 def written_out(labels: SparseLabels, temperature: float) -> Tensor:
     """q - t in logits / T, entry by entry."""
     q, inner, mass, _ = student_tail(labels, temperature)
@@ -74,10 +84,11 @@ def written_out(labels: SparseLabels, temperature: float) -> Tensor:
     shrink = labels.shrink if isinstance(labels.shrink, Tensor) else torch.full((TOKENS,), float(labels.shrink))
     for n in range(TOKENS):
         draws = [j for j in range(labels.draw_ids_NM.shape[1]) if labels.draw_log_prob_NM[n, j] > -torch.inf]
-        drawn = mass[n] * labels.control * inner[n]
+        own = held_against(q[n], inner[n], len(draws), labels.control)
+        drawn = mass[n] * labels.control * own
         for j in draws:
             id = int(labels.draw_ids_NM[n, j])
-            r = inner[n, id] / (labels.draw_log_prob_NM[n, j].double().exp() / mass[n])
+            r = own[id] / (labels.draw_log_prob_NM[n, j].double().exp() / mass[n])
             drawn[id] += mass[n] / len(draws) * (1 - labels.control * r)
         if draws:
             target[n] = shrink[n] * drawn + (1 - shrink[n]) * target[n]
@@ -127,16 +138,18 @@ def test_over_all_draws_the_gradient_is_that_of_the_whole_distribution(control: 
 
 
 def test_what_draws_tell_of_the_control_is_summed_over_tokens_that_count() -> None:
-    """sum w r and sum w r^2, in any chunks, whatever the control; padding tokens of weight 0 tell nothing."""
+    """sum w r and sum w r^2, in any chunks, at any control; padding tokens of weight 0 tell nothing."""
     counts = torch.linspace(0.0, 1.5, TOKENS)
     labels = head_and_draws(2.0, 3)
-    _, inner, mass, _ = student_tail(labels, 2.0)
+    q, inner, mass, _ = student_tail(labels, 2.0)
     assert labels.draw_ids_NM is not None and labels.draw_log_prob_NM is not None
     real = labels.draw_log_prob_NM > -torch.inf
-    r = inner.gather(1, labels.draw_ids_NM) / (labels.draw_log_prob_NM.double().exp() / mass[:, None])
     w = (counts * mass / real.sum(1).clamp_min(1)).square()[:, None] * real
-    want = [(w * r.where(real, 0.0)).sum().item(), (w * r.where(real, 0.0).square()).sum().item()]
     for chunk, control in ((None, 1.0), (Chunk(7), 0.2), (Chunk(11, 37), 0.0)):
+        own = torch.stack([held_against(q[n], inner[n], int(real[n].sum()), control) for n in range(TOKENS)])
+        assert ((own < inner).any(dim=1).float().mean() > 0.9) == (control < 1), "nearly all tokens have some capped"
+        r = own.gather(1, labels.draw_ids_NM) / (labels.draw_log_prob_NM.double().exp() / mass[:, None])
+        want = [(w * r.where(real, 0.0)).sum().item(), (w * r.where(real, 0.0).square()).sum().item()]
         got = head_of(replace(labels, control=control), Objective(0.6, 2.0), counts, chunk)[0].tail_fit
         assert got is not None and got.tolist() == pytest.approx(want, rel=1e-5)
     assert head_of(SparseLabels(labels.ids_NK, labels.log_prob_NK), Objective(1.0, 2.0))[0].tail_fit is None

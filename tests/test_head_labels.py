@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tests.worlds import World, run_world
 from titan.config.model import LayoutSettings
-from titan.ops.head import Chunk, HeadResult, Objective, run_head
+from titan.ops.head import HeadResult, run_head
 from titan.ops.label import SparseLabels, TailDraws, TeacherSays
 from titan.ops.look import VocabShard
+from titan.ops.objective import Chunk, Objective
 from titan.ops.says import label_logits
 
 WIDTH = 16

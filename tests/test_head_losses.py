@@ -13,9 +13,10 @@ from torch import Tensor
 from tests.worlds import World, run_world
 from titan.config.model import LayoutSettings
 from titan.ops import choose
-from titan.ops.head import Chunk, HeadResult, Objective, run_head
+from titan.ops.head import HeadResult, run_head
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws
 from titan.ops.look import VocabShard
+from titan.ops.objective import Chunk, Objective
 from titan.ops.says import label_logits
 
 TOKENS, WIDTH, TEACHER_WIDTH = 30, 16, 24

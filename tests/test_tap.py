@@ -11,7 +11,8 @@ from titan.config.distillation import LabelSettings
 from titan.config.model import LayoutSettings, ModelSettings, Precision
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader, LabelBlock, decode_block, encode_block
 from titan.distill.tap import label_wish, raw_labels
-from titan.ops.head import Objective, run_head
+from titan.ops.head import run_head
+from titan.ops.objective import Objective
 from titan.parallel.world import World
 from titan.tasks.causal_lm import told
 from titan.tasks.sample_labels import SampleLabels

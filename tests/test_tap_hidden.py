@@ -11,8 +11,8 @@ from titan.config.model import LayoutSettings, ModelSettings, Precision
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader, LabelBlock, decode_block, encode_block
 from titan.distill.tap import label_wish, raw_labels
 from titan.errors import LabelError
-from titan.ops.head import Objective
 from titan.ops.look import VocabShard
+from titan.ops.objective import Objective
 from titan.parallel.world import World
 from titan.tasks.causal_lm import told
 from titan.tasks.sample_labels import SampleLabels

@@ -15,43 +15,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from titan.ops.divergence import DenseTeacher, DenseTerms, Loss, check_loss, dense_gradient, dense_terms
+from titan.ops.divergence import DenseTeacher, DenseTerms, dense_gradient, dense_terms
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws, TeacherSays
 from titan.ops.look import Look, TiledLogits, VocabShard, merge
+from titan.ops.objective import Chunk, Objective, check_head, check_head_labels
 from titan.ops.says import teacher_says
-from titan.ops.sparse import sparse_terms
+from titan.ops.sparse import LOOKED_AT, sparse_terms
 from titan.ops.vocab import vocab_gradient_, vocab_statistics
 
 CHUNK_TOKENS = 256
 """At least so many tokens of a chunk: the weight's gradient is read and written once a chunk."""
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Logits held at a time where that is more: 4 MB of float32 stay in a core's cache; a GPU wants more at once."""
-
-
-@dataclass(frozen=True)
-class Objective:
-    """loss = (1 - weight) * cross-entropy + weight * T^2 * D(teacher, student) + z_loss * log_sum_exp^2, a token."""
-
-    weight: float = 0.0
-    temperature: float = 1.0
-    z_loss: float = 0.0
-    """Keeps the softmax's normaliser near 1 (arXiv 2204.02311, section 5); always at temperature 1."""
-    loss: Loss = "forward_kl"
-    """D at temperature T (titan.ops.divergence.parts): KL(p || q), KL(q || p), generalised JSD, or the mean
-    squared difference of log-probabilities. Of sparse labels only forward KL with draws is unbiased."""
-    beta: float = 0.5
-    """Of jsd: the teacher's share of the middle, between 0 and 1. D goes to 0 at both ends, as beta KL(p || q) and as
-    (1 - beta) KL(q || p)."""
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """How much of the logits exists at a time."""
-
-    tokens: int | None = None
-    """None: what CHUNK_ELEMENTS and CHUNK_TOKENS say."""
-    columns: int | None = None
-    """Rows of the output weight at a time; None for all of this rank's. With fewer, logits are computed twice."""
 
 
 @dataclass
@@ -98,8 +73,8 @@ def run_head(
     raises:    ValueError naming the argument
     """
     chunk = chunk or Chunk()
-    _check(hidden_ND, weight_VD, targets_N, token_weight_N, shard, objective, chunk)
-    _check_labels(len(hidden_ND), shard, objective, labels, top_k, draws, whole, chunk)
+    check_head(hidden_ND, weight_VD, targets_N, token_weight_N, shard, objective, chunk)
+    check_head_labels(len(hidden_ND), shard, objective, labels, top_k, draws, whole, chunk)
     sums = torch.zeros(3, dtype=torch.float64, device=hidden_ND.device)
     tail_fit: Tensor | None = None
     grad_hidden_ND = torch.empty_like(hidden_ND) if grad_weight_VD is not None else None
@@ -114,7 +89,7 @@ def run_head(
         student = TiledLogits(hidden_ND[part], weight_VD, shard, space)
         part_labels = None if labels is None else labels.rows(part)
         ids_NJ = torch.cat([targets, *part_labels.ids()], dim=1) if isinstance(part_labels, SparseLabels) else targets
-        wanted = top_k if draws is None else min(top_k + 1, shard.size)
+        wanted = _wanted(part_labels, shard, top_k, draws)
         seen = [
             vocab_statistics(student.of(tile), ids_NJ, wanted, tile.start, shard.size, objective.temperature)
             for tile in tiles
@@ -122,7 +97,7 @@ def run_head(
         look = merge(seen, shard, objective.temperature)
         teacher = _teacher(part_labels, shard, objective, teacher_space)
         dense = None if teacher is None else dense_terms(look, teacher, student, tiles)
-        terms = _terms(look, part_labels, dense, objective)
+        terms = _terms(look, part_labels, dense, objective, ids_NJ)
         sums += (terms.losses_N3.double() * weight_N[:, None]).sum(dim=0)
         if terms.fit_N2 is not None:
             part_fit = (terms.fit_N2.double() * weight_N[:, None].square()).sum(dim=0)
@@ -135,7 +110,7 @@ def run_head(
         scale_N1 = (weight_N * grad_scale)[:, None]
         for tile in tiles:
             logits = student.take(tile)
-            _to_gradient(logits, tile, look, ids_NJ, terms, teacher, objective, scale_N1)
+            _to_gradient(logits, tile, look, terms, teacher, objective, scale_N1)
             rows, first = tile.within(shard), tile is tiles[0]
             _add_gradients(
                 logits, student.hidden_ND, weight_VD[rows], grad_hidden_ND[part], grad_weight_VD[rows], first
@@ -144,49 +119,6 @@ def run_head(
         dist.all_reduce(grad_hidden_ND, group=shard.group)
     merged = TeacherSays.cat(says) if says else None
     return HeadResult(sums[0], sums[1], sums[2], grad_hidden_ND, merged, tail_fit)
-
-
-def _check(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, token_weight_N: Tensor, shard: VocabShard,
-    objective: Objective, chunk: Chunk,
-) -> None:  # fmt: skip
-    tokens, width = hidden_ND.shape
-    if weight_VD.shape != (shard.rows, width):
-        raise ValueError(f"weight_VD must be [{shard.rows}, {width}], got {list(weight_VD.shape)}")
-    for name, x in (("targets_N", targets_N), ("token_weight_N", token_weight_N)):
-        if x.shape != (tokens,):
-            raise ValueError(f"{name} must be [{tokens}], got {list(x.shape)}")
-    if tokens and targets_N.device.type == "cpu" and not torch.compiler.is_compiling():  # a GPU would have to wait
-        low, high = int(targets_N.min()), int(targets_N.max())
-        if low < 0 or high >= shard.size:
-            raise ValueError(f"targets_N must be in [0, {shard.size}), got {low} to {high}")
-    if weight_VD.dtype != hidden_ND.dtype:
-        raise ValueError(f"weight_VD must be {hidden_ND.dtype} as hidden_ND is, got {weight_VD.dtype}")
-    if not 0 <= objective.weight <= 1:
-        raise ValueError(f"objective.weight must be from 0 to 1, got {objective.weight}")
-    if objective.temperature <= 0 or objective.z_loss < 0:
-        raise ValueError(f"objective must have a temperature above 0 and a z_loss of at least 0, got {objective}")
-    for name, count in (("tokens", chunk.tokens), ("columns", chunk.columns)):
-        if count is not None and count < 1:
-            raise ValueError(f"chunk.{name} must be at least 1, got {count}")
-
-
-def _check_labels(
-    tokens: int, shard: VocabShard, objective: Objective, labels: SparseLabels | DenseLabels | None, top_k: int,
-    draws: TailDraws | None, whole: bool, chunk: Chunk,
-) -> None:  # fmt: skip
-    """What the loss is told, and what is to be said."""
-    check_loss(labels, objective.loss, objective.beta)
-    if isinstance(labels, SparseLabels):
-        labels.check(tokens, shard.size)
-    elif labels is not None:
-        labels.check(tokens, shard.real().rows)
-    if not 0 <= top_k <= shard.size:
-        raise ValueError(f"top_k must be from 0 to the vocabulary's {shard.size}, got {top_k}")
-    if draws is not None and draws.independent and top_k:
-        raise ValueError(f"top_k must be 0 where draws are independent, got {top_k}")
-    if (draws is not None or whole) and chunk.columns is not None:
-        raise ValueError(f"chunk.columns must be None where labels are drawn or whole, got {chunk.columns}")
 
 
 def _token_chunks(hidden_ND: Tensor, shard: VocabShard, chunk: Chunk) -> Iterator[slice]:
@@ -222,8 +154,14 @@ def _teacher(
     return DenseTeacher(labels, logits, shard, objective.temperature, objective.loss, objective.beta)
 
 
+def _wanted(labels: SparseLabels | DenseLabels | None, shard: VocabShard, top_k: int, draws: TailDraws | None) -> int:
+    """Largest logits to be found: those of the label to be said and one behind, and those that draws cap."""
+    capped = LOOKED_AT if isinstance(labels, SparseLabels) and labels.draw_ids_NM is not None else 0
+    return min(max(top_k + (draws is not None), capped), shard.size)
+
+
 def _to_gradient(
-    logits_NV: Tensor, tile: VocabShard, look: Look, ids_NJ: Tensor, terms: "_Terms", teacher: DenseTeacher | None,
+    logits_NV: Tensor, tile: VocabShard, look: Look, terms: "_Terms", teacher: DenseTeacher | None,
     objective: Objective, scale_N1: Tensor,
 ) -> None:  # fmt: skip
     """Turn a tile's logits into the gradient of scale * loss, in place."""
@@ -233,7 +171,7 @@ def _to_gradient(
         added *= objective.weight * temperature * scale_N1
         temperature = 1.0  # what is left is
     vocab_gradient_(
-        logits_NV, terms.coefficient_N2 * scale_N1, look.log_sum_exp_N2, ids_NJ, terms.values_NJ * scale_N1,
+        logits_NV, terms.coefficient_N2 * scale_N1, look.log_sum_exp_N2, terms.ids_NJ, terms.values_NJ * scale_N1,
         tile.start, tile.size, temperature,
     )  # fmt: skip
     if added is not None:
@@ -258,6 +196,7 @@ class _Terms:
 
     losses_N3: Tensor  # cross-entropy, divergence, log_sum_exp^2
     coefficient_N2: Tensor
+    ids_NJ: Tensor
     values_NJ: Tensor
     dense: DenseTerms | None
     """Where labels are whole: their part of the gradient is none of the above."""
@@ -265,9 +204,13 @@ class _Terms:
 
 
 def _terms(
-    look: Look, labels: SparseLabels | DenseLabels | None, dense: DenseTerms | None, objective: Objective
-) -> _Terms:
-    """Cross-entropy has the gradient q - onehot and z-loss 2 l q, at temperature 1; sparse labels add theirs."""
+    look: Look, labels: SparseLabels | DenseLabels | None, dense: DenseTerms | None, objective: Objective,
+    ids_NJ: Tensor,
+) -> _Terms:  # fmt: skip
+    """Cross-entropy has the gradient q - onehot and z-loss 2 l q, at temperature 1; sparse labels add theirs.
+
+    ids: the targets, and those of sparse labels
+    """
     log_norm_N = look.log_sum_exp_N2[:, 0]
     cross_entropy_N = log_norm_N - look.picked_NJ[:, 0]
     soft = objective.weight if labels is not None else 0.0
@@ -281,12 +224,15 @@ def _terms(
         sparse = sparse_terms(look, labels, objective.temperature, objective.loss, objective.beta)
         divergence_N, fit_N2 = sparse.divergence_N, sparse.fit_N2
         tempered_N = soft * objective.temperature * sparse.multiple_N
-        values_NJ = torch.cat([values_NJ[:, :1], soft * objective.temperature * sparse.values_NJ], dim=1)
+        values = [sparse.values_NJ] if sparse.capped is None else [sparse.values_NJ, sparse.capped[1]]
+        values_NJ = torch.cat([values_NJ[:, :1], *(soft * objective.temperature * x for x in values)], dim=1)
+        ids_NJ = ids_NJ if sparse.capped is None else torch.cat([ids_NJ, sparse.capped[0]], dim=1)
     if objective.temperature == 1.0:
         dense_N, tempered_N = dense_N + tempered_N, torch.zeros_like(tempered_N)
     return _Terms(
         torch.stack([cross_entropy_N, divergence_N, log_norm_N.square()], dim=1),
         torch.stack([dense_N, tempered_N], dim=1),
+        ids_NJ,
         values_NJ,
         dense,
         fit_N2,

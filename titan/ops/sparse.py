@@ -14,6 +14,10 @@ from titan.ops.look import Look
 
 SMALLEST_TAIL = 1e-6
 """Floor of a tail mass in float32: below it 1 - Q is rounding noise."""
+LOOKED_AT = 32
+"""The student's largest logits, among which are those that `_correct` caps."""
+CAP = 0.02
+"""Over 1 - beta, of what a draw stands for: the nearer a student, the higher its own tail is trusted."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,8 @@ class SparseTerms:
     values_NJ: Tensor
     fit_N2: Tensor | None = None
     """Where there are draws, what tells the best control (`_correct`)."""
+    capped: tuple[Tensor, Tensor] | None = None
+    """Where there are draws, more ids and their values: [N, LOOKED_AT] each."""
 
 
 def sparse_terms(look: Look, labels: SparseLabels, temperature: float, loss: Loss, beta: float) -> SparseTerms:
@@ -47,7 +53,9 @@ def sparse_terms(look: Look, labels: SparseLabels, temperature: float, loss: Los
     bucket, ratio_N, teacher_tail_N = _bucket(labels.log_prob_NK, log_q_NK, loss, beta)
     if labels.draw_log_prob_NM is None:
         return bucket
-    return _correct(bucket, labels, (log_q_NK, log_q_NM), ratio_N, teacher_tail_N)
+    log_q_NT = look.top_values_NK[:, :LOOKED_AT] / temperature - look.log_sum_exp_N2[:, 1:]
+    largest = look.top_ids_NK[:, :LOOKED_AT], log_q_NT
+    return _correct(bucket, labels, (log_q_NK, log_q_NM), largest, ratio_N, teacher_tail_N)
 
 
 def _open(log_p_NJ: Tensor, log_q_NJ: Tensor, loss: Loss, beta: float) -> SparseTerms:
@@ -85,40 +93,52 @@ def _bucket(log_p_NK: Tensor, log_q_NK: Tensor, loss: Loss, beta: float) -> tupl
 
 
 def _correct(
-    bucket: SparseTerms, labels: SparseLabels, log_q: tuple[Tensor, Tensor], ratio_N: Tensor, teacher_tail_N: Tensor
-) -> SparseTerms:
+    bucket: SparseTerms, labels: SparseLabels, log_q: tuple[Tensor, Tensor], largest: tuple[Tensor, Tensor],
+    ratio_N: Tensor, teacher_tail_N: Tensor,
+) -> SparseTerms:  # fmt: skip
     """The bucket's forward KL and its gradient q - t, corrected by draws j of the tail.
 
-    With p~ and q~ the distributions within the tail, r_j = q~_j / p~_j, and beta the labels' `control`:
+    With p~ and q~ the distributions within the tail:
         bucket    t = (1 - P) q~
-        draws     t = (1 - P) [beta q~ + (1 / M) sum_j e_j (1 - beta r_j)]
+        draws     t = (1 - P) [beta g + (1 / M) sum_j e_j (1 - beta r_j)],  r_j = g_j / p~_j
         used      shrink * draws + (1 - shrink) * bucket
-    E_{j ~ p~}[e_j r_j] = q~, so draws alone are (1 - P) p~ on average whatever beta is: the student's own tail is a
-    control variate. Their squared error is about (1 - P)^2 / M (1 - 2 beta + beta^2 E r^2), which vanishes as the
-    student learns (r to 1, beta 1) and, at its least, is never above that of draws without it (beta 0). That is at
+    E_{j ~ p~}[e_j r_j] = g, so draws alone are (1 - P) p~ on average whatever beta and g are: the student's own tail,
+    from which g is made, is a control variate. The squared error is about (1 - P)^2 / M (1 - 2 beta + beta^2 E r^2),
+    which vanishes as the student learns (r to 1, beta 1) and, at its least, is never above that of draws without it
+    (beta 0). That is at
         beta = sum w r / sum w r^2 over the draws of all tokens, with w = ((1 - P) / M)^2
     whose two sums are `fit_N2`; they have to be those of other draws, or the gradient would be biased.
+    g is q~, but among the student's LOOKED_AT largest at most CAP / (1 - beta) of 1 / M: what is likelier than a draw
+    stands for, 1 / M, the teacher would have put into the head, so there a student errs, and once in a long while a
+    draw would say so with a huge r.
     The divergence gets the mean of (1 - P) log(p~_j / q~_j), whatever the shrinkage. Tokens without draws stay with
     the bucket.
-    log_q: of the head's ids and of the draws; ratio: (1 - P) / (1 - Q)
+    log_q: of the head's ids and of the draws;  largest: ids and log q;  ratio: (1 - P) / (1 - Q)
     """
-    assert labels.draw_log_prob_NM is not None
+    assert labels.draw_ids_NM is not None and labels.draw_log_prob_NM is not None
     log_q_NK, log_q_NM = log_q
+    top_ids_NT, log_q_NT = largest
     drawn_NM = labels.draw_log_prob_NM > -torch.inf
     any_N1 = drawn_NM.any(dim=1, keepdim=True)
-    count_N1 = drawn_NM.sum(dim=1, keepdim=True).clamp_min(1)
-    share_N1 = teacher_tail_N[:, None] / count_N1
+    share_N1 = teacher_tail_N[:, None] / drawn_NM.sum(dim=1, keepdim=True).clamp_min(1)
     log_odds_NM = labels.draw_log_prob_NM - log_q_NM - ratio_N.log()[:, None]  # log(p~ / q~)
     log_odds_NM = log_odds_NM.where(drawn_NM, 0.0)
-    relative_NM = (-log_odds_NM).exp()  # r
+    cap_N1 = CAP / max(1.0 - labels.control, SMALLEST_TAIL) * share_N1
+    is_top_NM = (labels.draw_ids_NM[:, :, None] == top_ids_NT[:, None, :]).any(dim=2)
+    most_NM = (cap_N1.log() - labels.draw_log_prob_NM).where(drawn_NM & is_top_NM, torch.inf)
+    relative_NM = torch.minimum(-log_odds_NM, most_NM).exp()  # r
     shrink = labels.shrink[:, None] if isinstance(labels.shrink, Tensor) else labels.shrink
     values_NM = (-shrink * share_N1 * (1.0 - labels.control * relative_NM)).where(drawn_NM, 0.0)
     less_N1 = (shrink * (1.0 - labels.control) * ratio_N[:, None]).where(any_N1, 0.0)  # of the bucket's multiple of q
-    q_NK = log_q_NK.exp().where(labels.log_prob_NK > -torch.inf, 0.0)
+    present_NK = labels.log_prob_NK > -torch.inf
+    q_NK = log_q_NK.exp().where(present_NK, 0.0)
+    in_head_NT = ((labels.ids_NK[:, :, None] == top_ids_NT[:, None, :]) & present_NK[:, :, None]).any(dim=1)
+    above_NT = (log_q_NT.exp() * ratio_N[:, None] - cap_N1).clamp_min(0.0).where(any_N1 & ~in_head_NT, 0.0)
     weighted_NM = (share_N1.square() * relative_NM).where(drawn_NM, 0.0)
     return SparseTerms(
         bucket.divergence_N + (share_N1 * log_odds_NM).sum(dim=1),
         bucket.multiple_N + less_N1[:, 0],
         torch.cat([bucket.values_NJ - less_N1 * q_NK, values_NM], dim=1),
         torch.stack([weighted_NM.sum(dim=1), (weighted_NM * relative_NM).sum(dim=1)], dim=1),
+        (top_ids_NT, shrink * labels.control * above_NT),
     )

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from titan.errors import LabelError
 from titan.model.stage import StageModel, gradient_buffer
-from titan.ops.head import HeadResult, Objective, run_head
+from titan.ops.head import HeadResult, run_head
 from titan.ops.label import DenseLabels, SparseLabels, TailDraws
 from titan.ops.look import VocabShard
+from titan.ops.objective import Objective
 from titan.tasks.sample_labels import SampleLabels
 
 Told = SparseLabels | DenseLabels

@@ -18,7 +18,8 @@ from titan.errors import LabelError
 
 MAGIC = b"TLB2"
 OLD_MAGIC = b"TLB1"
-FORMAT_VERSION = 2
+"""Of version 1, whose header was another."""
+FORMAT_VERSION = 3
 BUDGET_BYTES = 36.0
 """Of a token's label on average, token ids apart: what RS-KD takes for 12 distinct entries (arXiv 2503.16870)."""
 _HEADER = struct.Struct("<4sHBBQIIIIIIBBHdQI")
@@ -67,7 +68,7 @@ class BlockHeader:
     def unpack(data: bytes) -> "BlockHeader":
         """Inverse of pack. Raises LabelError if the bytes are no intact header, or one of another version."""
         if data[:4] == OLD_MAGIC:
-            raise LabelError("a label block has format version 1, which this titan no longer reads; make a new log")
+            raise _too_old(1)
         body, checksum = data[: _HEADER.size], data[_HEADER.size :]
         if len(data) != HEADER_BYTES or zlib.crc32(body).to_bytes(4, "little") != checksum or body[:4] != MAGIC:
             raise LabelError("a label block's header is damaged")
@@ -76,6 +77,8 @@ class BlockHeader:
             raise LabelError(
                 f"a label block has format version {version}, this titan reads up to {FORMAT_VERSION}; update titan"
             )
+        if version < FORMAT_VERSION:
+            raise _too_old(version)
         _, _, codec, flags, step, first, samples, length, vocab, *rest = _HEADER.unpack(body)
         entries, draws, head_bits, draw_bits, _, temperature, size, crc = rest
         return BlockHeader(
@@ -140,6 +143,10 @@ def decode_block(header: BlockHeader, payload: bytes) -> LabelBlock:
         raise LabelError(damaged)
     tokens_BS1 = tokens.astype(np.int32).reshape(header.samples, header.sequence_length + 1)
     return LabelBlock(header.step, header.first_sample, sample_ids_B, tokens_BS1, labels)
+
+
+def _too_old(version: int) -> LabelError:
+    return LabelError(f"a label block has format version {version}, which this titan no longer reads; make a new log")
 
 
 def _entries(raw: RawLabels) -> int:

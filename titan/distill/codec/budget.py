@@ -28,6 +28,8 @@ class EntryBits:
     draw: int
     token: int
     """Whatever the token's label has besides entries."""
+    any_draws: int = 0
+    """What it has besides where there are draws."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Shares:
     def bits(self, cost: EntryBits) -> np.ndarray:
         """int64 [B, S]: size of each token's label."""
         bits_BS: np.ndarray = self.head_BS * cost.head + self.draws_BS * cost.draw + cost.token
+        bits_BS += (self.draws_BS > 0) * cost.any_draws
         return bits_BS
 
 

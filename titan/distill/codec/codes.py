@@ -15,8 +15,8 @@ import numpy as np
 from titan.data.sampler import mix64
 
 GOLDEN = np.float32(0.6180339887)
-TAIL_NATS = 8.0
-"""Draws less likely than e^-8 of an even share are read as that: they make up at most e^-8 of the mass."""
+TAIL_NATS = 6.0
+"""Draws less likely than e^-6 of an even share of the tail are read as that: they make up at most e^-6 of it."""
 MASS_FLOOR = np.float32(2.0**-20)
 """The least probability that is left for the class that is not sent."""
 
@@ -73,7 +73,7 @@ class HeadScale:
 
 @dataclass(frozen=True)
 class DrawScale:
-    """Log-probabilities of draws on an even scale. Off by at most half a step, and the little that `centre` shifts."""
+    """Log-probabilities within the tail on an even scale. Off by at most half a step, and what `centre` shifts."""
 
     bits: int
     vocab_size: int

@@ -7,17 +7,18 @@ import numpy as np
 from titan.distill.codec.bits import BitReader, BitWriter, width_of
 from titan.distill.codec.budget import EntryBits
 from titan.distill.codec.codes import DrawScale, HeadScale, token_uniform
+from titan.distill.codec.id_sets import set_bits
 from titan.distill.codec.raw import RawLabels
 
-HEAD_BITS = 8
-DRAW_BITS = 7
-ENTROPY_BITS = 8
+HEAD_BITS = 7
+DRAW_BITS = 5
+ENTROPY_BITS = 6
 ENTROPY_LEVELS = (1 << ENTROPY_BITS) - 1
 NORM_BITS = 16
 NORM_RANGE = 32.0
 """Log-norms lie within +-32 nats: those of T >= 1 are below log(V), of T >= 1/2 above -log(V)."""
-DITHER, PLACES, ENTROPY_DITHER = 1, 2, 3
-"""Purposes of a token's pseudo-random numbers."""
+DITHER, PLACES, ENTROPY_DITHER, DRAW_DITHER = 1, 2, 3, 4
+"""Purposes of a token's pseudo-random numbers. A draw's error is multiplied with the tail's, so they must not agree."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,13 @@ class Context:
 
     @property
     def draw_scale(self) -> DrawScale:
-        """Of the draws' log-probabilities."""
+        """Of the draws' log-probabilities within their token's tail."""
         return DrawScale(self.draw_bits, self.vocab_size)
 
     @property
-    def count_bits(self) -> tuple[int, int]:
-        """Bits of the number of head entries of a token, and of that of its draws."""
-        return width_of(self.candidates + 1), width_of(self.most_draws + 1)
+    def count_bits(self) -> int:
+        """Bits of the number of head entries of a token."""
+        return width_of(self.candidates + 1)
 
     @property
     def most_draws(self) -> int:
@@ -70,8 +71,9 @@ class Context:
     def cost(self) -> EntryBits:
         """Bits of a token's label, without what rounds a field up to whole bytes."""
         extras = self.has_entropy * ENTROPY_BITS + (self.temperature != 1.0) * NORM_BITS
-        token = sum(self.count_bits) + (self.candidates > 0) + extras
-        return EntryBits(self.id_bits + self.head_bits, self.id_bits + self.draw_bits, token)
+        token = self.count_bits + (self.candidates > 0) + (self.draws > 0) + extras
+        each, any_draws = set_bits(self.id_bits)
+        return EntryBits(self.id_bits + self.head_bits, each + self.draw_bits, token, any_draws)
 
     def entropy_codes(self, entropy_BS: np.ndarray) -> np.ndarray:
         """uint32 codes of nats; dithered, so that the mean over many tokens is right."""

@@ -3,6 +3,7 @@
 A token has k entries and m draws. Of its k + 1 classes (the entries, and the tail behind them) all but one are sent as
 probabilities: the one left out is the larger of the first entry and the tail, and is what the others leave. So masses
 sum to one exactly, a small tail keeps its relative accuracy, and no class is wrong by more than the others together.
+Draws are sent as a set of ids (titan.distill.codec.id_sets), their probabilities as shares of the tail as it is read.
 
 The teacher gives K candidates and draws from behind all of them. Where fewer than K become the head, draws from behind
 the head are made here: on the line of its tail's mass, candidates first, m points lie one stride apart (systematic
@@ -17,7 +18,17 @@ import numpy as np
 from titan.distill.codec.bits import BitReader, BitWriter
 from titan.distill.codec.budget import Shares, everything, share_out
 from titan.distill.codec.codes import MASS_FLOOR, dither
-from titan.distill.codec.context import DITHER, PLACES, Context, read_entropy, read_norm, write_entropy, write_norm
+from titan.distill.codec.context import (
+    DITHER,
+    DRAW_DITHER,
+    PLACES,
+    Context,
+    read_entropy,
+    read_norm,
+    write_entropy,
+    write_norm,
+)
+from titan.distill.codec.id_sets import read_id_sets, write_id_sets
 from titan.distill.codec.raw import CodecName, RawLabels
 
 
@@ -33,14 +44,17 @@ def encode_sampled(raw: RawLabels, context: Context, budget_bytes: float | None,
     else:
         shares = share_out(p_BSK, drawn_BS, context.most_draws, context.cost, budget_bytes)
     ids_E, log_prob_E, draws_BS = _draws(raw, p_BSK, shares, context)
-    for counts_BS, width in zip((shares.head_BS, draws_BS), context.count_bits, strict=True):
-        writer.add(counts_BS, width)
+    writer.add(shares.head_BS, context.count_bits)
     uniform_BS = context.uniform(DITHER)
+    tail_BS = np.ones(drawn_BS.shape, np.float32)
     if context.candidates:
-        _write_head(raw.ids_BSK, p_BSK, shares.head_BS, uniform_BS, context, writer)
+        tail_BS = _write_head(raw.ids_BSK, p_BSK, shares.head_BS, uniform_BS, context, writer)
     if context.draws:
-        writer.add(ids_E, context.id_bits)
-        writer.add(context.draw_scale.encode(log_prob_E, _draw_dither(uniform_BS, draws_BS)), context.draw_bits)
+        write_id_sets(ids_E, draws_BS.ravel(), context.id_bits, writer)
+        share_E = log_prob_E - np.repeat(np.log(tail_BS).ravel(), draws_BS.ravel())
+        writer.add(
+            context.draw_scale.encode(share_E, _dither(context.uniform(DRAW_DITHER), draws_BS)), context.draw_bits
+        )
     write_entropy(raw, context, writer)
     write_norm(raw, context, writer)
 
@@ -48,22 +62,29 @@ def encode_sampled(raw: RawLabels, context: Context, budget_bytes: float | None,
 def decode_sampled(codec: CodecName, context: Context, reader: BitReader) -> RawLabels:
     """Inverse of `encode_sampled` up to rounding; as wide as the token with most entries."""
     shape = (len(context.sample_ids_B), context.length)
-    head_BS, draws_BS = (
-        reader.take(shape[0] * shape[1], width).astype(np.int64).reshape(shape) for width in context.count_bits
-    )
+    head_BS = reader.take(shape[0] * shape[1], context.count_bits).astype(np.int64).reshape(shape)
     uniform_BS = context.uniform(DITHER)
-    ids_BSK, p_BSK = np.zeros((*shape, 0), np.int32), np.zeros((*shape, 0), np.float32)
+    ids_BSK, p_BSK, tail_BS = (
+        np.zeros((*shape, 0), np.int32),
+        np.zeros((*shape, 0), np.float32),
+        np.ones(shape, np.float32),
+    )
     if context.candidates:
-        ids_BSK, p_BSK = _read_head(head_BS, uniform_BS, context, reader)
+        ids_BSK = _spread(reader.take(int(head_BS.sum()), context.id_bits).astype(np.int32), _first(head_BS), 0)
+        first_is_sent_BS = reader.take(head_BS.size, 1).reshape(shape) > 0
+        p_BSK, tail_BS = _read_masses(reader.take(int(head_BS.sum()), context.head_bits), first_is_sent_BS, head_BS,
+                                      uniform_BS, context)  # fmt: skip
     with np.errstate(divide="ignore"):
         log_prob_BSK = np.log(p_BSK)
     draw_ids = draw_log_prob = None
     if context.draws:
+        ids_E, counts_N = read_id_sets(head_BS.size, context.id_bits, reader)
+        draws_BS = counts_N.reshape(shape)
         in_draws = _first(draws_BS)
-        draw_ids = _spread(reader.take(int(draws_BS.sum()), context.id_bits).astype(np.int32), in_draws, 0)
-        codes = reader.take(int(draws_BS.sum()), context.draw_bits)
-        read = context.draw_scale.decode(codes, _draw_dither(uniform_BS, draws_BS))
-        draw_log_prob = _spread(read, in_draws, -np.inf)
+        draw_ids = _spread(ids_E, in_draws, 0)
+        codes = reader.take(len(ids_E), context.draw_bits)
+        share_E = context.draw_scale.decode(codes, _dither(context.uniform(DRAW_DITHER), draws_BS))
+        draw_log_prob = _spread(share_E + np.repeat(np.log(tail_BS).ravel(), counts_N), in_draws, -np.inf)
     entropy_BS = read_entropy(context, reader)
     norm_BS = read_norm(context, reader)
     if norm_BS is not None:
@@ -86,57 +107,53 @@ def _spread(values_E: np.ndarray, mask: np.ndarray, fill: float) -> np.ndarray:
     return out
 
 
-def _head_dither(uniform_BS: np.ndarray, head_BS: np.ndarray) -> np.ndarray:
-    """float32 [E]."""
-    in_head = _first(head_BS)
-    dither_E: np.ndarray = dither(uniform_BS[..., None], np.arange(in_head.shape[-1]))[in_head]
-    return dither_E
-
-
-def _draw_dither(uniform_BS: np.ndarray, draws_BS: np.ndarray) -> np.ndarray:
-    """float32 [E]: other slots than those of the head."""
-    in_draws = _first(draws_BS)
-    dither_E: np.ndarray = dither(uniform_BS[..., None], -1 - np.arange(in_draws.shape[-1]))[in_draws]
+def _dither(uniform_BS: np.ndarray, counts_BS: np.ndarray) -> np.ndarray:
+    """float32 [E], of so many entries of each token."""
+    there = _first(counts_BS)
+    dither_E: np.ndarray = dither(uniform_BS[..., None], np.arange(there.shape[-1]))[there]
     return dither_E
 
 
 def _write_head(
     ids_BSK: np.ndarray, p_BSK: np.ndarray, head_BS: np.ndarray, uniform_BS: np.ndarray, context: Context,
     writer: BitWriter,
-) -> None:  # fmt: skip
+) -> np.ndarray:  # fmt: skip
+    """float32 [B, S]: mass of the tail as it will be read."""
     in_head = np.arange(context.candidates) < head_BS[..., None]
     writer.add(ids_BSK[in_head], context.id_bits)
     tail_BS = 1.0 - np.where(in_head, p_BSK, np.float32(0.0)).sum(axis=-1)
-    tail_is_rest_BS = tail_BS >= p_BSK[..., 0]
-    writer.add(tail_is_rest_BS, 1)
+    first_is_sent_BS = tail_BS >= p_BSK[..., 0]
+    writer.add(first_is_sent_BS, 1)
     sent_BSK = p_BSK.copy()
-    sent_BSK[..., 0] = np.where(tail_is_rest_BS, p_BSK[..., 0], tail_BS)
-    writer.add(context.head_scale.encode(sent_BSK[in_head], _head_dither(uniform_BS, head_BS)), context.head_bits)
+    sent_BSK[..., 0] = np.where(first_is_sent_BS, p_BSK[..., 0], tail_BS)
+    codes_E = context.head_scale.encode(sent_BSK[in_head], _dither(uniform_BS, head_BS))
+    writer.add(codes_E, context.head_bits)
+    return _read_masses(codes_E, first_is_sent_BS, head_BS, uniform_BS, context)[1]
 
 
-def _read_head(
-    head_BS: np.ndarray, uniform_BS: np.ndarray, context: Context, reader: BitReader
+def _read_masses(
+    codes_E: np.ndarray, first_is_sent_BS: np.ndarray, head_BS: np.ndarray, uniform_BS: np.ndarray, context: Context
 ) -> tuple[np.ndarray, np.ndarray]:
-    """int32 ids and float32 probabilities at the log's temperature, 0 where a token has fewer entries."""
-    entries, in_head = int(head_BS.sum()), _first(head_BS)
-    ids_BSK = _spread(reader.take(entries, context.id_bits).astype(np.int32), in_head, 0)
-    tail_is_rest_BS = reader.take(head_BS.size, 1).reshape(head_BS.shape) > 0
-    codes_E = reader.take(entries, context.head_bits)
-    p_BSK = _spread(context.head_scale.decode(codes_E, _head_dither(uniform_BS, head_BS)), in_head, 0.0)
+    """float32 probabilities at the log's temperature, 0 where a token has fewer entries; and masses of the tails.
+
+    first is sent: what the others leave is the tail's; else it is the first entry's
+    """
+    p_BSK = _spread(context.head_scale.decode(codes_E, _dither(uniform_BS, head_BS)), _first(head_BS), 0.0)
     sent_BS = p_BSK.sum(axis=-1)
     shrink_BS = np.minimum(1.0, (1 - MASS_FLOOR) / np.maximum(sent_BS, MASS_FLOOR))
     p_BSK *= shrink_BS[..., None]  # only where rounding left nothing for the class that is not sent
-    if p_BSK.shape[-1]:
-        rest_BS = np.maximum(1.0 - p_BSK.sum(axis=-1), MASS_FLOOR)
-        first_BS = np.where(tail_is_rest_BS, p_BSK[..., 0], rest_BS)
-        p_BSK[..., 0] = np.where(head_BS > 0, first_BS, 0.0)
-    return ids_BSK, p_BSK
+    rest_BS = np.maximum(1.0 - p_BSK.sum(axis=-1), MASS_FLOOR)
+    if not p_BSK.shape[-1]:
+        return p_BSK, rest_BS
+    tail_BS = np.where(first_is_sent_BS | (head_BS == 0), rest_BS, p_BSK[..., 0])
+    p_BSK[..., 0] = np.where(head_BS == 0, 0.0, np.where(first_is_sent_BS, p_BSK[..., 0], rest_BS))
+    return p_BSK, tail_BS
 
 
 def _draws(
     raw: RawLabels, p_BSK: np.ndarray, shares: Shares, context: Context
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws from behind each token's head: ids [E], log-probabilities [E], and how many each token has [B, S]."""
+    """Draws from behind each token's head, ids rising: ids [E], log-probabilities [E], and how many each has [B, S]."""
     assert raw.ids_BSK is not None
     draws_BS = shares.draws_BS
     if not context.draws or raw.draw_ids_BSM is None or raw.draw_log_prob_BSM is None:
@@ -167,7 +184,8 @@ def _draws(
     log_prob_E[own_E] = _flat(raw.log_prob_BSK)[own] / np.float32(raw.temperature) - norm_BS.ravel()[own[0]]
     ids_E[~own_E] = _flat(raw.draw_ids_BSM)[others]
     log_prob_E[~own_E] = _flat(raw.draw_log_prob_BSM)[others]
-    return ids_E, log_prob_E, draws_BS - left_BS + beyond_BS
+    rising = np.argsort(token_E * context.vocab_size + ids_E, kind="stable")
+    return ids_E[rising], log_prob_E[rising], draws_BS - left_BS + beyond_BS
 
 
 def _flat(x_BSK: np.ndarray) -> np.ndarray:
