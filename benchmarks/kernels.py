@@ -27,10 +27,11 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.figures import ratio_interval, save_result
-from titan.ops.head import Objective, run_head
+from titan.ops.head import run_head
 from titan.ops.label import SparseLabels, TailDraws
 from titan.ops.look import VocabShard
 from titan.ops.norm import residual_layer_norm, residual_rms_norm
+from titan.ops.objective import Objective
 from titan.ops.rope import rope, rope_twin
 from titan.ops.says import label_logits
 from titan.ops.swiglu import swiglu, swiglu_twin

@@ -24,9 +24,10 @@ from benchmarks.figures import save_result
 from benchmarks.label_models import Models, random_draws, renormalised, sent, with_models
 from titan.config.distillation import LabelSettings
 from titan.distill.control import ControlTracker
-from titan.ops.head import Objective, run_head
+from titan.ops.head import run_head
 from titan.ops.label import SparseLabels
 from titan.ops.look import VocabShard
+from titan.ops.objective import Objective
 from titan.tasks.causal_lm import told
 
 BUDGET_BYTES = 36.0

@@ -34,7 +34,7 @@ from titan.config.planning import (  # noqa: E402
     ShapeSettings,
     TaskSettings,
 )
-from titan.ops.head import Objective  # noqa: E402
+from titan.ops.objective import Objective  # noqa: E402
 from titan.parallel.live_bytes import LiveBytes  # noqa: E402
 from titan.parallel.local import run_worlds  # noqa: E402
 from titan.parallel.world import World  # noqa: E402

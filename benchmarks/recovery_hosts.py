@@ -1,10 +1,11 @@
 """How long a teacher takes to train again after one of its ranks, or the host it is on, is killed, over three hosts.
 
-    python -m benchmarks.recovery_hosts [--rounds 10] [--json FILE]
+    python -m benchmarks.recovery_hosts [--rounds 10] [--spares 0 2] [--json FILE]
 
 One run of the tests' tiny config on three network namespaces, so as root: driver and students on the first host, the
 teacher's two ranks on the second or third. Each round kills one of its ranks and then its host; the other host has room
-for the same layout, so nothing shrinks. All times count from the kill.
+for the same layout, so nothing shrinks. All times count from the kill. `--spares` has one such run for each number of
+spare processes a host; with some, a fault waits until the host that is to take over has them.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.hosts.cluster import HurtRun, commands
-from tests.hosts.namespaces import hosts
+from tests.hosts.namespaces import Host, hosts
 from tests.runs import write_tiny_config
 from titan.observe.events import event_time_s, read_events
 
@@ -71,13 +72,27 @@ def table(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, lis
     return rows
 
 
-def measure(hurt: HurtRun, rounds: int) -> dict[str, list[dict[str, float]]]:
+def num_spares(hurt: HurtRun, host: Host) -> int:
+    """Spare processes that are up on a host and were not taken. A host that was killed gives its numbers anew."""
+    waiting: set[int] = set()
+    for event in read_events(hurt.run):
+        if event["event"] == "spare_up" and event["host"] == host.name:
+            waiting.add(event["pid"])
+        elif event["event"] == "placed":
+            here = [one.rpartition(":")[2] for one in event["processes"] if one.startswith(f"{host.name}:")]
+            waiting -= {int(pid) for pid in here}
+    return len(waiting & commands(host).keys())
+
+
+def measure(hurt: HurtRun, rounds: int, spares: int) -> dict[str, list[dict[str, float]]]:
     """A killed rank and a killed host, in turn."""
     results: dict[str, list[dict[str, float]]] = {"rank": [], "host": []}
     hurt.wait(lambda: bool(_recent_steps(hurt.run, 0.0)), WAIT_S, "step of the teacher")
     for _ in range(rounds):
         for kind, found in results.items():
             time.sleep(CALM_S)
+            for one in hurt.hosts[1:]:
+                hurt.wait(lambda one=one: num_spares(hurt, one) >= spares, WAIT_S, "spares")  # type: ignore[misc]
             host = next(one for one in hurt.hosts if one.name == hurt.placed("teacher")[0].rpartition(":")[0])
             begin = time.time()
             if kind == "rank":
@@ -100,7 +115,7 @@ def _recent_steps(run: Path, since_s: float) -> list[Any]:
     return [one for one in read_events(run) if one["event"] == "checkpoint" and event_time_s(one) >= since_s]
 
 
-def _has_ray(host: Any) -> bool:
+def _has_ray(host: Host) -> bool:
     return any(words.split()[0].endswith("/raylet") for words in commands(host).values())
 
 
@@ -108,26 +123,28 @@ def main() -> int:
     """Run it, print the table, write everything."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--spares", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/recovery_hosts.json"))
     asked = parser.parse_args()
-    load = os.getloadavg()[0]
-    with hosts(3) as made:
-        path = write_tiny_config(made[0].folder / "shared/work")
-        path.write_text(path.read_text().replace("layout = { tp = 2 }", TEACHER_STAGE, 1))
-        hurt = HurtRun(made, SETTINGS, ROOMS)
-        hurt.begin("run", path)
-        results = measure(hurt, asked.rounds)
-        hurt.kill_driver()
-    rows = table(results)
-    print(json.dumps(rows, indent=1))
-    text = {
-        "cores": len(os.sched_getaffinity(0)),
-        "load_before": round(load, 1),
-        "load_after": round(os.getloadavg()[0], 1),
-        "seconds_median_least_most": rows,
-        "all": results,
-    }
-    asked.json.write_text(json.dumps(text, indent=1) + "\n")
+    found: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "rounds": asked.rounds, "spares": {}}
+    for spares in asked.spares:
+        load = os.getloadavg()[0]
+        with hosts(3) as made:
+            path = write_tiny_config(made[0].folder / "shared/work")
+            path.write_text(path.read_text().replace("layout = { tp = 2 }", TEACHER_STAGE, 1))
+            hurt = HurtRun(made, (*SETTINGS, f"recovery.spares={spares}"), ROOMS)
+            hurt.begin("run", path)
+            results = measure(hurt, asked.rounds, spares)
+            hurt.kill_driver()
+        rows = table(results)
+        print(spares, "spares", json.dumps(rows, indent=1))
+        found["spares"][spares] = {
+            "load_before": round(load, 1),
+            "load_after": round(os.getloadavg()[0], 1),
+            "seconds_median_least_most": rows,
+            "all": results,
+        }
+    asked.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
 

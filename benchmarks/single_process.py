@@ -32,7 +32,7 @@ def titan_step(model: ModelSettings) -> Step:
     prepare_process(platform)
     from torch._C._distributed_c10d import FileStore
 
-    from titan.ops.head import Objective
+    from titan.ops.objective import Objective
     from titan.parallel.world import join_world
     from titan.plan.layout import make_layout
     from titan.train.trainer import Trainer, TrainerSettings

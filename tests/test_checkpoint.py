@@ -36,7 +36,7 @@ from titan.checkpoint.save import CheckpointWriter
 from titan.config.model import LayoutSettings, ModelSettings, Precision
 from titan.errors import CheckpointError
 from titan.model.parameters import ParameterSpec, parameter_specs
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.train.restore import restore_trainer, trainer_pieces
 
 RATE = 2e-3
@@ -415,7 +415,7 @@ def small_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             plain_fsync(descriptor)
 
-        monkeypatch.setattr(save_module.os, "fsync", fsync)
+        monkeypatch.setattr(os, "fsync", fsync)
     try:
         yield folder
     finally:
@@ -446,7 +446,7 @@ def test_the_error_of_a_save_is_raised_by_the_next(tmp_path: Path, monkeypatch: 
 
     writer = CheckpointWriter(tmp_path, 0, 1, 9, 10.0)
     with monkeypatch.context() as patch:
-        patch.setattr(save_module.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         writer.save(1, [], {"state": {}})
         with pytest.raises(CheckpointError, match=r"Input/output error"):
             writer.save(2, [], {"state": {}})

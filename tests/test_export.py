@@ -34,7 +34,7 @@ from titan.data.tokenizer_json import hugging_face_tokenizer
 from titan.errors import CheckpointError, ConfigError, DataError, RunError
 from titan.model.parameters import num_parameters
 from titan.observe.events import EventLog
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.parallel.world import World
 from titan.train.restore import restore_trainer, trainer_pieces, trainer_state
 from titan.train.trainer import Trainer, TrainerSettings

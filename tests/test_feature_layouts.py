@@ -24,8 +24,8 @@ from titan.errors import CheckpointError
 from titan.model.auxiliary import Auxiliary
 from titan.model.capture import Capture, FeatureName, take_features
 from titan.model.stage import gradient_buffer
-from titan.ops.head import Objective
 from titan.ops.norm import rms_norm_twin
+from titan.ops.objective import Objective
 from titan.ops.rope import rope_twin
 from titan.train.restore import restore_trainer
 from titan.train.trainer import StepResult, Trainer, TrainerSettings

@@ -53,6 +53,7 @@ class Writers:
 
     def __init__(self, run: Path, fence: Fence):
         reopen(run / "labels")
+        self.fence = fence
         self.labels = LabelWriter(run / "labels", 0, 0, segment_bytes=1, fence=fence)
         self.commits = CommitWriter(run / "labels", 0, fence=fence)
         self.ledger = Ledger(run, ROLE, fence)
@@ -77,7 +78,7 @@ def test_writers_of_a_generation_before_the_last_change_no_file_and_those_of_the
     new = start(tmp_path)
     before = files_of(tmp_path)
     late = {**old.each(3), "end": lambda: old.commits.end(STOPPED), "rewind": lambda: old.ledger.rewind(1)}
-    late["opened anew"] = lambda: Ledger(tmp_path, ROLE, old.ledger.fence)
+    late["opened anew"] = lambda: Ledger(tmp_path, ROLE, old.fence)
     for name, write in late.items():
         with pytest.raises(OvertakenError, match=r"generation 1 of early writes nothing more: generation 2 has taken"):
             write()

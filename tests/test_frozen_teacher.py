@@ -30,7 +30,7 @@ from titan.distill.tap import label_wish, raw_labels
 from titan.errors import CheckpointError, ConfigError
 from titan.model.capture import Capture, Features
 from titan.model.parameters import parameter_specs
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.parallel.world import World
 from titan.train.features import FeatureTap
 from titan.train.restore import load_pretrained, restore_trainer, trainer_pieces, trainer_state

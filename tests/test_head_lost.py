@@ -54,6 +54,23 @@ def test_a_head_is_lost_only_after_a_while_without_an_answer_and_that_must_be_he
         assert stuck.wait(1.5) is not heeds
 
 
+def test_a_head_whose_host_says_that_nobody_listens_is_lost_sooner_than_one_that_is_out_of_reach(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = 1  # where nobody listens
+    took = {}
+    for error in (ConnectionRefusedError, TimeoutError):
+
+        def fail(*_: object, error: type[OSError] = error) -> None:
+            raise error
+
+        monkeypatch.setattr(socket, "create_connection", fail)
+        with HeadWatch(lambda: None, f"127.0.0.1:{port}", every_s=0.05, gone_s=2.0, refused_s=0.5, heed_s=5.0) as watch:
+            until(lambda watch=watch: watch.lost)  # type: ignore[misc]
+            took[error] = watch.silent_s
+    assert 0.5 < took[ConnectionRefusedError] < 1.8 < 2.0 < took[TimeoutError]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_run_that_lost_a_rank_while_starting_and_then_its_ray_head_saves_every_role_and_ends_with_one_line(
@@ -74,7 +91,8 @@ def test_a_run_that_lost_a_rank_while_starting_and_then_its_ray_head_saves_every
     assert time.monotonic() - begin < RAY_ENDS_S
     (line,) = error.splitlines()
     assert process.returncode == 1 and line.startswith("titan: Ray's head at ") and "every role has saved" in line
-    assert [event["not_saved"] for event in read_events(run) if event["event"] == "head_lost"] == [[]]
+    (lost,) = (event for event in read_events(run) if event["event"] == "head_lost")
+    assert lost["not_saved"] == [] and lost["silent_s"] < 10.0
     assert len(ranks) == 5 and not any(one.is_running() for one in ranks)
     for role in ("teacher", "early", "late"):
         told = [one.step for one in read_metrics(run) if isinstance(one, StepMetric) and one.role == role]

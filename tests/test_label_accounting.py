@@ -108,7 +108,6 @@ def test_a_ledger_torn_at_any_byte_is_repaired_on_opening(tmp_path: Path) -> Non
         again = Ledger(tmp_path, "small")
         assert ledger.path.read_bytes() == data[: first if cut >= first else 0]
         assert (again.last is None) == (cut < first)
-        again.close()
 
 
 @pytest.mark.parametrize("own_step", range(7))
@@ -319,6 +318,5 @@ def test_the_audit_agrees_with_counting_sample_by_sample(
     student.ledger.path.write_bytes(b"".join(lines))
     student.checkpoint(start_place=place_of(start), place=place_of(until), counts=counts)
     commits.close()
-    student.ledger.close()
     want = brute_clean(24, start, until, ranges, (counts["consumed"], counts["skipped"]))
     assert audit(run).clean == want, says(audit(run))

@@ -24,6 +24,7 @@ from titan.distill.log.reader import DroppedError, LabelReader
 from titan.distill.log.records import Commit
 from titan.distill.log.retention import drop_before, first_kept, log_bytes, read_places, write_place, write_position
 from titan.distill.log.second_copy import bring_together, copy_folder, vacate_copies
+from titan.distill.log.upkeep import LocalUpkeep
 from titan.distill.place import PlaceTeller
 from titan.errors import ConfigError, LabelError, RunError
 
@@ -140,9 +141,10 @@ class Kept:
 
 def keeper(config: RunConfig, folder: Path, world: Any = None, copy: Path | None = None) -> Kept:
     events: list[dict[str, Any]] = []
-    spec = SimpleNamespace(config=config, role="teacher", own_label_folder=folder, copy_folder=copy, fence=None)
+    spec = SimpleNamespace(config=config, role="teacher", own_label_folder=folder)
     world = world or Ranks(1).world(0)
-    made = LogKeeper(spec, world, lambda event, **more: events.append({"event": event, **more}), 0.0)  # type: ignore[arg-type]
+    log = LocalUpkeep(folder, copy)
+    made = LogKeeper(spec, world, log, lambda event, **more: events.append({"event": event, **more}), 0.0)  # type: ignore[arg-type]
     return Kept(made, events)
 
 

@@ -91,6 +91,7 @@ def test_students_join_a_teacher_that_still_trains(workplace: Path) -> None:
         (["teacher.source=disk"], "teacher.source is 'disk'; use 'train', 'log:' and"),
         (["run.steps=41"], "run.steps is 41, the log ends with step 40"),
         (["data.batch_size=4"], "data.batch_size is 4, the log has 8 samples a step"),
+        (["data.batch_size=4", "students.late.batch_size=8"], "data.batch_size is 4, the log has 8 samples a step"),
         (["labels.temperature=2.0"], "labels.temperature is 2, the log's is 1"),
         (["data.sequence_length=16"], "its samples have another length"),
         (["data.vocab_size=400"], "its token ids are those of another tokenizer"),

@@ -34,7 +34,7 @@ from titan.checkpoint.load import Checkpoint
 from titan.config.model import LayoutSettings, OptimizerSettings
 from titan.model.layer_spec import RMSNorm, transformer_config
 from titan.model.parameters import initial_value, parameter_specs
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.platform import megatron_on_cpu
 from titan.train.restore import restore_trainer
 from titan.train.trainer import Trainer

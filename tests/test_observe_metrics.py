@@ -63,6 +63,15 @@ def test_metrics_that_were_not_told_are_added_once(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
 
 
+def test_own_steps_within_a_teacher_step_are_told_apart(tmp_path: Path) -> None:
+    steps = [step("small", 7, 3.0 + own, own_step=own) for own in (1, 2, 3)]
+    write(tmp_path, *steps[:2])
+    with MetricsLog(tmp_path) as log:
+        log.write_missing([to_line(metric) for metric in steps])
+    assert read_metrics(tmp_path) == steps
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
 def test_a_line_can_be_read_before_the_log_is_closed(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path)
     log.write(step("teacher", 1))

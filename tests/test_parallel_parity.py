@@ -23,7 +23,7 @@ from tests.worlds import (
 )
 from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings, Precision
 from titan.model.parameters import initial_value, parameter_specs
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 
 
 @pytest.fixture(scope="module")

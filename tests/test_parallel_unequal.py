@@ -8,7 +8,7 @@ import pytest
 from tests.parity import ALONE, MODELS, START, History, Parity, assert_same, train
 from tests.worlds import BATCH, World, make_trainer, run_world, tokens_of
 from titan.config.model import LayoutSettings, StageSettings
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 
 STEPS = 20
 

@@ -11,7 +11,7 @@ from tests.runs import TINY, titan, write_tiny_config
 from tests.worlds import CPU, LENGTH, VOCAB, World, make_trainer, run_world, tokens_of
 from titan.config.model import LayoutSettings, ModelSettings
 from titan.config.planning import InventorySettings, LinkSettings, NodeSettings, ProfileSettings, TaskSettings
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.parallel.live_bytes import LiveBytes
 from titan.plan.cost import Costs
 from titan.plan.fleet import make_fleet

@@ -23,7 +23,7 @@ from titan.config.planning import (
     TaskSettings,
 )
 from titan.observe.metrics import StepMetric, read_metrics
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.plan.cost import Costs
 from titan.plan.fleet import make_fleet
 from titan.plan.pace import Pace

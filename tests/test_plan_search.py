@@ -282,14 +282,32 @@ def test_roles_share_few_devices_in_the_best_of_all_ways() -> None:
         assert max(plan[role].step_s for role in ("assistant", "student")) <= plan.step_s
 
 
+def test_a_student_counts_with_its_own_steps_for_the_samples_of_one_of_the_teachers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    search = SearchSettings(tensor=(1, 2), mixed=False, micro_batches=(1,))
+    counts, speeds = {"fast": 2, "slow": 2}, {"fast": 40.0, "slow": 11.0}
+    for batch, tried in itertools.product((1, 2, 8), (joint.MOST_SHARES, 0)):
+        monkeypatch.setattr(joint, "MOST_SHARES", tried)
+        teacher = costs_of(counts, speeds, layers=4, batch=4)
+        roles = {"teacher": teacher, "student": costs_of(counts, speeds, layers=3, batch=batch)}
+        plan = plan_jointly(roles, search)
+        best = _best_sharing(roles, counts, search)
+        assert plan.step_s == pytest.approx(best, rel=1e-9) or (not tried and plan.step_s > best)
+        assert plan.step_s == max(plan["teacher"].step_s, plan["student"].step_s * 4 / batch)
+        assert plan.bound_step_s <= best * (1 + 1e-9)
+
+
 def _best_sharing(roles: dict[str, Costs], counts: dict[str, int], search: SearchSettings) -> float:
     """Least step of the slowest role over all ways to share, by trying them."""
     shares = list(itertools.product(*(range(count + 1) for count in counts.values())))
     steps: dict[tuple[str, tuple[int, ...]], float] = {}
+    batch = roles["teacher"].task.batch_size
     for (role, costs), share in itertools.product(roles.items(), shares):
         left_out = {kind: counts[kind] - given for kind, given in zip(counts, share, strict=True)}
         if any(share):
-            steps[role, share] = plan_role(replace(costs, fleet=costs.fleet.without(left_out)), search).step_s
+            plan = plan_role(replace(costs, fleet=costs.fleet.without(left_out)), search)
+            steps[role, share] = plan.step_s * batch / costs.task.batch_size
     return min(
         max(steps[role, share] for role, share in zip(roles, way, strict=True))
         for way in itertools.product([share for share in shares if any(share)], repeat=len(roles))

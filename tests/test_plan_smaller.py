@@ -15,7 +15,8 @@ DATA = DataSettings(sources=("x",), batch_size=16)
 
 
 def role(**layout: object) -> Role:
-    return Role("teacher", "teacher", MODEL, LayoutSettings.model_validate(layout), OptimizerSettings(), "fp32")
+    settings = LayoutSettings.model_validate(layout)
+    return Role("teacher", "teacher", MODEL, settings, OptimizerSettings(), "fp32", DATA.batch_size)
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,50 @@ CONFIG = [
         "a loss that draws bias", "students.late.distill.loss=jsd", "students.late.distill.loss is 'jsd'", "top_k"
     ),
     bad_setting("labels larger than the vocabulary", "labels.top_k=600", "top_k is 600", "vocab_size (512)"),
+    bad_setting("a batch of no samples", "students.late.batch_size=0", "late.batch_size is 0", "want greater than 0"),
+    bad_setting("a batch of less than none", "students.late.batch_size=-3", "late.batch_size is -3", "greater than 0"),
+    bad_setting("a batch of a half", "students.late.batch_size=2.5", "late.batch_size is 2.5", "whole number"),
+    bad_setting(
+        "micro_batches that do not divide a student's own batch",
+        "students.early.batch_size=9 students.early.layout.micro_batches=4",
+        "early.layout.micro_batches is 4, which does not divide students.early.batch_size (9); use 3 or 9",
+    ),
+    bad_setting(
+        "more replicas than samples in a student's own batch",
+        "students.late.batch_size=3 students.late.layout.dp=4",
+        "dp is 4, but a micro-batch has 3 samples (students.late.batch_size 3 / 1 micro-batches)",
+        "a larger batch",
+    ),
+    bad_setting(
+        "a share of nothing in a student's own batch",
+        "students.late.batch_size=3 students.late.layout.stages=[{layers=1,dp=2,shares=[7,1]}]",
+        "stages.0.shares is [7, 1]",
+        "students.late.batch_size 3",
+    ),
+    bad_setting(
+        "another batch for a student that teaches",
+        "students.early.batch_size=16 students.late.teacher=early",
+        "students.early.batch_size is 16, but it teaches others",
+        "leave it out, for 8",
+    ),
+    bad_setting(
+        "another batch for a student that learns features",
+        "students.late.batch_size=16 students.late.distill.features.value=1",
+        "students.late.batch_size is 16, but distill.features come step by step",
+        "leave it out, for 8",
+    ),
+    bad_setting(
+        "batches over steps of hidden states",
+        "students.late.batch_size=3 labels.codec=hidden",
+        "students.late.batch_size is 3, but labels of codec 'hidden'",
+        "use a divisor of data.batch_size (8)",
+    ),
+    bad_setting(
+        "a batch of more than there is",
+        "students.early.batch_size=300",
+        "students.early.batch_size is 300, more than all samples from its start on (280)",
+        "leave it out",
+    ),
     bad_setting(
         "a final rate without a schedule",
         "teacher.optimizer.schedule=constant teacher.optimizer.final_fraction=0.5",

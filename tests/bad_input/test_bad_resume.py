@@ -60,15 +60,17 @@ RESUME = [
     ),
     Row(
         "resuming with changes that may not be",
-        "resume runs/old --set run.steps=99 --set teacher.model.hidden=32 --set data.batch_size=16",
+        "resume runs/old --set run.steps=99 --set teacher.model.hidden=32 --set data.batch_size=16 "
+        "--set students.late.batch_size=4",
         (
             "run.steps cannot change when a run is resumed",
             "teacher.model.hidden cannot change",
             "data.batch_size cannot change",
+            "students.late.batch_size cannot change",
             "start a new run",
         ),
         exit_code=2,
-        mistakes=3,
+        mistakes=4,
     ),
     resumes("a run that is training", ("in use by another titan",), lambda place: hold(place)),
     resumes(

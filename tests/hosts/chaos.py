@@ -63,6 +63,8 @@ class HostsResult:
     problems: list[str] = field(default_factory=list)
     ended_s: dict[str, list[float]] = field(default_factory=dict)
     """By kind of fault that ends a run: seconds until it had saved what it could, said why, and ended."""
+    head_silent_s: list[float] = field(default_factory=list)
+    """From the last sign of a head that was killed until roles began to save."""
     recovered_s: dict[str, float] = field(default_factory=dict)
     """By role: median seconds from the moment that a failure was seen to the first step after it."""
     restarts: int = 0
@@ -179,6 +181,7 @@ def _look_at_files(calm: Path, run: Path, steps: int, result: HostsResult) -> No
         seconds = [event["seconds"] for event in events if event["event"] == "recovered" and event["role"] == role]
         if seconds:
             result.recovered_s[role] = round(statistics.median(seconds), 2)
+    result.head_silent_s = [event["silent_s"] for event in events if event["event"] == "head_lost"]
     result.restarts = sum(event["event"] == "restarting" for event in events)
     result.layouts = sum(event["event"] == "layout" for event in events)
     for name, folder in (("calm", calm), ("hurt", run)):

@@ -30,15 +30,23 @@ class NotThereError(Exception):
 class HurtRun:
     """One run, started and resumed as often as need be."""
 
-    def __init__(self, hosts: list[Host], settings: tuple[str, ...], rooms: Sequence[tuple[str, ...]] = (ROOM,) * 3):
-        """rooms: what `ray start` offers on each host"""
+    def __init__(
+        self,
+        hosts: list[Host],
+        settings: tuple[str, ...],
+        rooms: Sequence[tuple[str, ...]] = (ROOM,) * 3,
+        num_up: int | None = None,
+    ):
+        """rooms: what `ray start` offers on each host
+        num_up: hosts that have Ray from the beginning, the first ones; all if None, the others may `join`
+        """
         self.hosts, self.settings = hosts, settings
         self.rooms = {host.name: room for host, room in zip(hosts, rooms, strict=True)}
         self.shared = hosts[0].folder / "shared"
         self.run = self.shared / "runs/tiny"
-        self.cluster: RayHosts = start_ray(hosts, rooms)
-        self.down: set[str] = set()
-        """Hosts that are dead or unplugged."""
+        self.cluster: RayHosts = start_ray(hosts[:num_up], rooms[:num_up])
+        self.down = {host.name for host in hosts[len(hosts[:num_up]) :]}
+        """Hosts that are dead, unplugged, or without Ray as yet."""
         self.process: subprocess.Popen[str] | None = None
         self.starts = 0
 
@@ -166,6 +174,10 @@ class HurtRun:
     def bring_back(self, host: Host) -> None:
         """A host that was killed is there again, with Ray."""
         host.boot()
+        self.join(host)
+
+    def join(self, host: Host) -> None:
+        """A host that is there starts Ray."""
         start_node(host, self.cluster, (f"--address={self.cluster.address}", *self.rooms[host.name]))
         self.down.remove(host.name)
 
@@ -215,9 +227,10 @@ class HurtRun:
     # --- what is left ---
 
     def leftovers(self) -> dict[str, list[str]]:
-        """Processes of titan by host, and what is left there of any kind once Ray is ended too."""
+        """Processes of titan by host that lives, and what is left there of any kind once Ray is ended too."""
         found: dict[str, list[str]] = {}
-        for host in self.hosts:
+        living = [host for host in self.hosts if host.name not in self.down]
+        for host in living:
             there = commands(host).values()
             found[host.name] = (
                 [] if any("raylet" in words for words in there) else ["no raylet: this look sees nothing"]
@@ -225,7 +238,7 @@ class HurtRun:
             found[host.name] += [words for words in there if "RankActor" in words or "titan." in words]
             self._end_ray(host)
         time.sleep(1.0)
-        for host in self.hosts:
+        for host in living:
             found[host.name] += commands(host).values()
             found[host.name] += host.run("ss", "-Hltn").stdout.splitlines()
             found[host.name] += host.run("find", "/dev/shm", "-mindepth", "1").stdout.splitlines()

@@ -5,6 +5,7 @@
 The driver raises the generation before it repairs what a role's ranks left and starts new ones. Ranks look at the file
 before each write that counts: labels, commits, checkpoints, ledger. So a rank on a host that could not be reached, and
 was given up, ends at its next write. Between look and write there are microseconds, and no more safety than that.
+Where hosts share no storage the run's home looks, for every write that comes with the generation of who sends it.
 """
 
 import secrets

@@ -11,6 +11,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from titan.checkpoint.files import Files, files_of
 from titan.errors import CheckpointError
 
 MANIFEST = "manifest.json"
@@ -19,21 +20,24 @@ FROZEN = "frozen"
 """Of a manifest: the folder that a model's weights are in, which therefore are not in the checkpoint."""
 
 
+def step_name(step: int) -> str:
+    """Name of the folder of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
 def step_folder(role_folder: Path, step: int) -> Path:
     """Where the checkpoint of a step stands."""
-    return role_folder / f"step-{step:08d}"
+    return role_folder / step_name(step)
 
 
-def complete_steps(role_folder: Path) -> list[int]:
+def complete_steps(role_folder: Path | Files) -> list[int]:
     """Steps with a complete checkpoint, oldest first."""
-    if not role_folder.is_dir():
-        return []
-    names = (re.fullmatch(r"step-(\d+)", entry.name) for entry in role_folder.iterdir())
-    steps = [int(name.group(1)) for name in names if name]
-    return sorted(step for step in steps if (step_folder(role_folder, step) / MANIFEST).is_file())
+    manifests = files_of(role_folder).find(f"step-*/{MANIFEST}")
+    names = (re.fullmatch(r"step-(\d+)", manifest.rpartition("/")[0]) for manifest in manifests)
+    return sorted(int(name.group(1)) for name in names if name)
 
 
-def newest_step(role_folder: Path) -> int | None:
+def newest_step(role_folder: Path | Files) -> int | None:
     """Newest complete checkpoint, if there is one."""
     return max(complete_steps(role_folder), default=None)
 
@@ -53,17 +57,20 @@ def encode_manifest(manifest: dict[str, Any]) -> bytes:
     return json.dumps(manifest | {"crc32": _checksum(manifest)}, indent=1).encode()
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path | Files) -> dict[str, Any]:
     """Manifest of a complete checkpoint. Raises CheckpointError if it is missing or damaged."""
+    files = files_of(folder)
+    data = files.read(MANIFEST)
+    if data is None:
+        raise CheckpointError(f"{files.path} is no checkpoint: it has no {MANIFEST}")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        manifest = json.loads(data)
+    except ValueError:
         manifest = None
     if not isinstance(manifest, dict) or manifest.pop("crc32", None) != _checksum(manifest):
         raise CheckpointError(
-            f"{folder / MANIFEST} is damaged; delete {folder.name}, the run then goes on from the checkpoint before it"
+            f"{files.path / MANIFEST} is damaged; delete {files.path.name}, the run then goes on from the checkpoint "
+            "before it"
         )
     return manifest
 
@@ -79,7 +86,6 @@ def remove_partial(role_folder: Path) -> None:
             shutil.rmtree(entry)
 
 
-def keep_newest(role_folder: Path, keep: int) -> None:
-    """Delete all complete checkpoints but the newest `keep`."""
-    for step in complete_steps(role_folder)[:-keep]:
-        shutil.rmtree(step_folder(role_folder, step))
+def keep_newest(files: Files, keep: int) -> None:
+    """Delete all complete checkpoints of a role but the newest `keep`."""
+    files.remove(*(step_name(step) for step in complete_steps(files)[:-keep]))

@@ -1,42 +1,48 @@
 """Loading: whole parameters from pieces, one at a time, so that any layout loads any other."""
 
-import zlib
+import json
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from titan.checkpoint.files import Files, files_of
 from titan.checkpoint.folder import read_manifest
 from titan.checkpoint.pieces import PieceKey
 from titan.checkpoint.save import FORMAT_VERSION
 from titan.errors import CheckpointError
 from titan.model.parameters import ParameterSpec
 
+LENGTH_BYTES, FLOAT_BYTES = 8, 4
+
+
+class _Stored(NamedTuple):
+    """A piece, and the bytes of a file that it is."""
+
+    key: PieceKey
+    file: str
+    start: int
+    end: int
+
 
 class Checkpoint:
-    """A complete checkpoint, verified on opening; tensors are read when asked for."""
+    """A complete checkpoint, verified on opening; of tensors only what is asked for is read."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, place: Path | Files):
         """Raises CheckpointError, naming the file, if anything is missing or damaged."""
-        self.folder = folder
-        self.manifest = read_manifest(folder)
+        self.files = files_of(place)
+        self.folder = self.files.path
+        self.manifest = read_manifest(self.files)
         version = self.manifest.get("format_version")
         if version != FORMAT_VERSION:
-            raise CheckpointError(f"{folder} has checkpoint format {version}, this titan reads {FORMAT_VERSION}")
-        self.sources: dict[tuple[str, str], list[tuple[PieceKey, Path]]] = defaultdict(list)
+            raise CheckpointError(f"{self.folder} has checkpoint format {version}, this titan reads {FORMAT_VERSION}")
+        self.sources: dict[tuple[str, str], list[_Stored]] = defaultdict(list)
         for name, receipt in self.manifest["files"].items():
-            path = folder / name
-            _verify(path, receipt)
-            try:
-                with safe_open(path, framework="pt") as file:
-                    for text in file.keys():  # noqa: SIM118  (a safetensors file is no dict)
-                        key = PieceKey.parse(text)
-                        self.sources[key.kind, key.name].append((key, path))
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is no safetensors file ({error}); delete {folder}") from None
+            _verify(self.files, name, receipt)
+            for stored in _stored(self.files, name):
+                self.sources[stored.key.kind, stored.key.name].append(stored)
 
     @property
     def step(self) -> int:
@@ -54,23 +60,25 @@ class Checkpoint:
 
         Raises CheckpointError if the checkpoint has not all of it or has it in another shape.
         """
-        slices: dict[tuple[int, int], list[tuple[PieceKey, Path]]] = defaultdict(list)
-        for key, path in self.sources[kind, name]:
-            slices[key.tensor, key.tp].append((key, path))
+        slices: dict[tuple[int, int], list[_Stored]] = defaultdict(list)
+        for stored in self.sources[kind, name]:
+            slices[stored.key.tensor, stored.key.tp].append(stored)
         result = torch.empty(spec.shape)
         filled = 0
         for (tensor, tp), parts in slices.items():
             local = torch.empty(spec.local_shape(tp)).view(-1)
-            for key, path in parts:
-                with safe_open(path, framework="pt") as file:
-                    values = file.get_tensor(str(key))
-                if key.end > local.numel() or values.numel() != key.end - key.start:
+            for key, file, start, end in parts:
+                count = (end - start) // FLOAT_BYTES
+                if key.end > local.numel() or count != key.end - key.start:
                     raise CheckpointError(
                         f"{self.folder}: {kind} of {name} does not fit a parameter of shape {spec.shape}; "
                         "the checkpoint is of another model"
                     )
-                local[key.start : key.end] = values
-                filled += values.numel()
+                data = bytearray(self.files.read(file, start, end) or b"")
+                if len(data) != end - start:
+                    raise CheckpointError(f"{self.folder / file} has changed while it was read; start again")
+                local[key.start : key.end] = torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+                filled += count
             spec.paste(result, local, tensor, tp)
         if filled != result.numel():
             raise CheckpointError(
@@ -80,16 +88,30 @@ class Checkpoint:
         return result
 
 
-def _verify(path: Path, receipt: dict[str, int]) -> None:
+def _verify(files: Files, name: str, receipt: dict[str, int]) -> None:
     """Raise CheckpointError unless a file has the length and checksum of its receipt."""
-    remedy = f"delete {path.parent}, the run then goes on from the checkpoint before it"
-    if not path.is_file():
+    path, remedy = files.path / name, f"delete {files.path}, the run then goes on from the checkpoint before it"
+    found = files.checksum(name)
+    if found is None:
         raise CheckpointError(f"{path} is missing; {remedy}")
-    if path.stat().st_size != receipt["bytes"]:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes instead of {receipt['bytes']}; {remedy}")
-    checksum = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            checksum = zlib.crc32(block, checksum)
+    size, checksum = found
+    if size != receipt["bytes"]:
+        raise CheckpointError(f"{path} has {size} bytes instead of {receipt['bytes']}; {remedy}")
     if checksum != receipt["crc32"]:
         raise CheckpointError(f"{path} is damaged (checksum {checksum}, expected {receipt['crc32']}); {remedy}")
+
+
+def _stored(files: Files, name: str) -> list[_Stored]:
+    """The pieces of a safetensors file: eight bytes, length of the header; the header, JSON; the tensors' bytes."""
+    try:
+        begin = LENGTH_BYTES + int.from_bytes(files.read(name, 0, LENGTH_BYTES) or b"", "little")
+        header = json.loads(files.read(name, LENGTH_BYTES, begin) or b"")
+        header.pop("__metadata__", None)
+        if any(entry["dtype"] != "F32" for entry in header.values()):
+            raise ValueError("it has tensors that are not float32")
+        places = {key: entry["data_offsets"] for key, entry in header.items()}
+        return [_Stored(PieceKey.parse(key), name, begin + start, begin + end) for key, (start, end) in places.items()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{files.path / name} is no safetensors file of a checkpoint ({error}); delete {files.path}"
+        ) from None

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import threading
 import time
 import zlib
@@ -14,11 +13,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from titan.checkpoint.fence import Fence
-from titan.checkpoint.folder import MANIFEST, PARTIAL, encode_manifest, keep_newest, step_folder
+from titan.checkpoint.files import Files, files_of
+from titan.checkpoint.folder import MANIFEST, PARTIAL, encode_manifest, keep_newest, step_name
 from titan.checkpoint.pieces import Piece
 from titan.errors import CheckpointError
 
 FORMAT_VERSION = 1
+LOOK_S = 0.02
+"""How often the lead looks for what the other ranks have written."""
 
 
 class CheckpointWriter:
@@ -29,11 +31,13 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, role_folder: Path, rank: int, ranks: int, keep: int, timeout_s: float, fence: Fence | None = None
+        self, place: Path | Files, rank: int, ranks: int, keep: int, timeout_s: float, fence: Fence | None = None
     ):
-        """fence: asked before anything is written; None where nobody else can write"""
-        self.role_folder, self.rank, self.ranks, self.keep, self.timeout_s = role_folder, rank, ranks, keep, timeout_s
-        self.fence = fence
+        """place: checkpoints of the role
+        fence: of a place given as a folder: asked before anything is written; None where nobody else can write
+        """
+        self.files = files_of(place, fence)
+        self.rank, self.ranks, self.keep, self.timeout_s = rank, ranks, keep, timeout_s
         self.thread: threading.Thread | None = None
         self.error: Exception | None = None
 
@@ -55,74 +59,49 @@ class CheckpointWriter:
             error, self.error = self.error, None
             if isinstance(error, OSError):
                 raise CheckpointError(
-                    f"cannot write a checkpoint to {self.role_folder}: {error.strerror or error}; free space or make "
+                    f"cannot write a checkpoint to {self.files.path}: {error.strerror or error}; free space or make "
                     "it writable, then `titan resume` goes on from the checkpoint before it"
                 ) from error
             raise error
 
     def _write(self, step: int, snapshot: dict[str, Tensor], manifest: dict[str, Any]) -> None:
         try:
-            final = step_folder(self.role_folder, step)
-            partial = final.with_name(final.name + PARTIAL)
-            self._check_fence()
-            partial.mkdir(parents=True, exist_ok=True)
+            final = step_name(step)
+            partial = final + PARTIAL
+            self.files.check()
             data = save(snapshot)
             checksum = zlib.crc32(data)
             # the checksum in the name keeps two writers of one step, say a rank thought dead, out of each other's files
             name = f"rank-{self.rank:05d}-{checksum:08x}.safetensors"
-            write_durably(partial / name, data)
-            self._check_fence()  # what was written above took time
+            self.files.write(f"{partial}/{name}", data)
             receipt = {"name": name, "bytes": len(data), "crc32": checksum}
-            write_durably(partial / f"rank-{self.rank:05d}.json", json.dumps(receipt).encode())
+            self.files.write(f"{partial}/{_receipt(self.rank)}", json.dumps(receipt).encode())
             if self.rank == 0:
                 self._commit(partial, final, manifest)
         except Exception as error:  # reported by the next wait(), in the training thread
             self.error = error
 
-    def _commit(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-        """Wait for every rank's receipt, then make the folder a checkpoint by renaming it."""
-        files = {}
+    def _commit(self, partial: str, final: str, manifest: dict[str, Any]) -> None:
+        """Wait for every rank's receipt, then make the checkpoint the newest."""
+        receipts = [f"{partial}/{_receipt(rank)}" for rank in range(self.ranks)]
         deadline = time.monotonic() + self.timeout_s
-        for rank in range(self.ranks):
-            receipt = partial / f"rank-{rank:05d}.json"
-            while not receipt.is_file():
-                if time.monotonic() > deadline:
-                    raise CheckpointError(
-                        f"rank {rank} did not write its part of {final} within {self.timeout_s:.0f} s; is "
-                        f"{self.role_folder} on storage that all ranks share?"
-                    )
-                time.sleep(0.02)
-            content = json.loads(receipt.read_text())
+        while missing := set(receipts).difference(self.files.find(f"{partial}/{_receipt('*')}")):
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"rank {receipts.index(min(missing))} did not write its part of {self.files.path / final} within "
+                    f"{self.timeout_s:.0f} s; is {self.files.path} on storage that all ranks share?"
+                )
+            time.sleep(LOOK_S)
+        files: dict[str, dict[str, Any]] = {}
+        for receipt in receipts:
+            content = json.loads(self.files.read(receipt) or b"{}")
             files[content.pop("name")] = content
-        self._check_fence()
-        write_durably(partial / MANIFEST, encode_manifest(manifest | {"files": files}))
-        for rank in range(self.ranks):
-            (partial / f"rank-{rank:05d}.json").unlink()
-        sync_folder(partial)
-        self._check_fence()
-        partial.rename(final)
-        sync_folder(final.parent)
-        keep_newest(self.role_folder, self.keep)
-
-    def _check_fence(self) -> None:
-        if self.fence is not None:
-            self.fence.check()
+        self.files.write(f"{partial}/{MANIFEST}", encode_manifest(manifest | {"files": files}))
+        self.files.remove(*receipts)
+        self.files.move(partial, final)
+        keep_newest(self.files, self.keep)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a whole file so that it is either absent or complete, even after a power cut."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _receipt(rank: int | str) -> str:
+    """What a rank leaves beside its part once that is on the disk."""
+    return f"rank-{rank if isinstance(rank, str) else f'{rank:05d}'}.json"

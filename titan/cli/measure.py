@@ -135,16 +135,15 @@ def _tasks(config: RunConfig) -> dict[str, TaskSettings]:
     vocab_size = config.data.vocab_size
     if config.data.tokenizer is not None:
         vocab_size = Tokenizer(Path(config.data.tokenizer)).vocab_size
-    roles = {name: (role.model, role.precision) for name, role in config.roles.items()}
     return {
-        role: TaskSettings(
-            model=model,
+        name: TaskSettings(
+            model=role.model,
             vocab_size=vocab_size,
             sequence_length=config.data.sequence_length,
-            batch_size=config.data.batch_size,
-            precision=precision,
+            batch_size=role.batch_size,
+            precision=role.precision,
         )
-        for role, (model, precision) in roles.items()
+        for name, role in config.roles.items()
     }
 
 

@@ -59,7 +59,9 @@ def show_plan(config: RunConfig, console: Console, as_json: bool, picture: Path 
         console.width = PLAIN_WIDTH
     console.print(_table(config, layouts, inventory, planned.predictions))
     for role, found in planned.predictions.items():
-        told = f"{role}: {found.step_s:.3g} s a step, as predicted"
+        size = config.roles[role].batch_size
+        own = "" if size == config.data.batch_size else f" of {size} samples"
+        told = f"{role}: {found.step_s:.3g} s a step{own}, as predicted"
         if role in planned.schedules_s:
             told += f"; {schedules_text(found.layout, planned.schedules_s[role])}"
         console.print(told, highlight=False, soft_wrap=True)

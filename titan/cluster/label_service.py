@@ -1,7 +1,12 @@
-"""The label service of a run: started on the teacher's node, looked at every second, put up again when it fails."""
+"""The label service of a run: started on the teacher's node, looked at every second, put up again when it fails.
+
+Where hosts share no storage it is on the driver's node, the home of the run, and ranks go to it for all they keep.
+"""
 
 import secrets
+import socket
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ from titan.cluster.failure import error_of
 from titan.distill.rank import ADDRESS_FILE
 from titan.distill.service.connection import Connection, Unreachable
 from titan.distill.service.process import ServiceProcess
-from titan.distill.service.protocol import HEALTH_ACTION
+from titan.distill.service.protocol import HEALTH_ACTION, RUN, location
 from titan.errors import LabelError
 from titan.observe.events import EventLog
 
@@ -26,10 +31,19 @@ ACTOR_S = 90.0
 class ServiceActor:
     """Keeps the service's process on a node."""
 
-    def __init__(self, labels_folder: Path, token: str, address_file: Path, host: str | None):
+    def __init__(
+        self,
+        labels_folder: Path,
+        token: str,
+        address_file: Path,
+        host: str | None,
+        port: int = 0,
+        home: Mapping[str, Path] | None = None,
+    ):
         """host: address to listen on; None takes this node's"""
         self.labels_folder, self.token, self.address_file = labels_folder, token, address_file
         self.host = host or ray.util.get_node_ip_address()
+        self.port, self.home = port, home
         self.process = self._start()
 
     def look(self) -> tuple[int, str]:
@@ -46,7 +60,7 @@ class ServiceActor:
         return self.process.pid, trouble
 
     def _start(self) -> ServiceProcess:
-        return ServiceProcess(self.labels_folder, self.token, self.address_file, self.host)
+        return ServiceProcess(self.labels_folder, self.token, self.address_file, self.host, self.port, home=self.home)
 
 
 class ServiceKeeper:
@@ -57,9 +71,24 @@ class ServiceKeeper:
         self.token = secrets.token_hex(16)
         self.node_id = ""
         self.pid = 0
+        self.port, self.home = 0, dict[str, Path]()
+        """Of a run's home."""
         self._actor: Any = None
         self._asked: tuple[Any, float] | None = None
         self._next_look = 0.0
+
+    def start_home(self, folders: Mapping[str, Path]) -> str:
+        """Serve the run's folder and others to all hosts, from this process's node; returns the address, which stays.
+
+        folders: what may be read besides, by name
+        """
+        self.host = self.host or str(ray.util.get_node_ip_address())
+        with socket.socket() as probe:
+            probe.bind((self.host, 0))
+            self.port = probe.getsockname()[1]
+        self.home = {**folders, RUN: self.run_folder}
+        self.start(ray.get_runtime_context().get_node_id())
+        return location(self.host, self.port)
 
     def start(self, node_id: str) -> None:
         """Begin to serve on a node; `look` does the rest."""
@@ -67,7 +96,8 @@ class ServiceKeeper:
         affinity = NodeAffinitySchedulingStrategy(node_id, soft=False)
         skin = ray.remote(ServiceActor).options(num_cpus=0, max_restarts=0, scheduling_strategy=affinity)
         address_file = self.run_folder / ADDRESS_FILE
-        self._actor = skin.remote(self.run_folder / "labels", self.token, address_file, self.host)
+        labels = self.run_folder / "labels"
+        self._actor = skin.remote(labels, self.token, address_file, self.host, self.port, self.home or None)
         self._ask()
 
     def look(self) -> None:

@@ -1,14 +1,17 @@
-"""Which label log the students of a run learn from: that of its own teacher, or one that another run made or makes."""
+"""What ranks begin with: the label log that students learn from, this run's or another's, and initial weights."""
 
 from pathlib import Path
 
+from titan.checkpoint.folder import find_checkpoint
 from titan.checkpoint.pretrained import fingerprint
 from titan.config.check import would_bias
+from titan.config.check_batch import codec_mistakes
 from titan.config.settings import TEACHER, RunConfig
 from titan.data.corpus import Corpus
 from titan.distill.log.manifest import MANIFEST, check_manifest, log_manifest, sign_log
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.records import FINISHED
+from titan.distill.storage import CORPUS, init_root
 from titan.errors import ConfigError, LabelError
 
 
@@ -51,6 +54,9 @@ def find_log(config: RunConfig, corpus: Corpus) -> Path:
         mistakes.append(f"data.batch_size is {config.data.batch_size}, the log has {found.batch_size} samples a step")
     if found.temperature != config.labels.temperature and found.codec not in ("full", "hidden"):
         mistakes.append(f"labels.temperature is {config.labels.temperature:g}, the log's is {found.temperature:g}")
+    unfit = [mistake for student in config.students for mistake in codec_mistakes(config, student, found.codec)]
+    if unfit:
+        raise ConfigError("\n".join(unfit))
     for student in config.students:
         loss = student.distill.loss
         if would_bias(loss, found.codec):
@@ -65,3 +71,17 @@ def find_log(config: RunConfig, corpus: Corpus) -> Path:
             "\n".join(f"{mistake} ({folder}); set it to fit, or name another log" for mistake in mistakes)
         )
     return folder.resolve()
+
+
+def initial_weights(config: RunConfig, role: str) -> Path | None:
+    """The checkpoint that a role's weights start from, of a frozen teacher its Hugging Face folder; None: at random."""
+    if role == TEACHER and config.teacher.pretrained is not None:
+        return Path(config.teacher.pretrained).absolute()
+    named = {student.name: student.init for student in config.students}.get(role)
+    return None if named is None else find_checkpoint(Path(named)).absolute()
+
+
+def home_folders(config: RunConfig, corpus_folder: Path) -> dict[str, Path]:
+    """What hosts that share no storage with the driver's get from there, besides the run folder, by name."""
+    starts = {init_root(student.name): initial_weights(config, student.name) for student in config.students}
+    return {CORPUS: corpus_folder.absolute()} | {name: folder for name, folder in starts.items() if folder is not None}

@@ -5,6 +5,7 @@ import fcntl
 import os
 import platform
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -303,7 +304,16 @@ def _hold(folder: Path, make: bool = False) -> Iterator[None]:
 
 @contextmanager
 def _disk_errors(folder: Path, then: str = "run again, or choose another run.dir") -> Iterator[None]:
-    """Turn what the system says about the run folder's disk into an error with a remedy."""
+    """Turn what the system says about the run folder's disk into an error with a remedy.
+
+    A thread that meets it, as TensorBoard's writer does, says nothing: who hands it more to write is told then.
+    """
+
+    def hear(said: threading.ExceptHookArgs) -> None:
+        if not (isinstance(said.exc_value, OSError) and said.exc_value.errno in DISK_ERRORS):
+            before(said)
+
+    before, threading.excepthook = threading.excepthook, hear
     try:
         yield
     except OSError as error:
@@ -312,6 +322,8 @@ def _disk_errors(folder: Path, then: str = "run again, or choose another run.dir
         raise RunError(
             f"cannot write to {error.filename or folder}: {error.strerror}; make room or make it writable, then {then}"
         ) from None
+    finally:
+        threading.excepthook = before
 
 
 def _check_vacant(folder: Path, overwrite: bool) -> None:

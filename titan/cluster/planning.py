@@ -93,7 +93,7 @@ def role_costs(config: RunConfig, vocab_size: int) -> dict[str, Costs]:
             model=settings.model,
             vocab_size=vocab_size,
             sequence_length=config.data.sequence_length,
-            batch_size=config.data.batch_size,
+            batch_size=settings.batch_size,
             precision=settings.precision,
         )
         costs[role] = Costs(task, fleet, Profile(task, profile), settings.frozen)

@@ -23,7 +23,7 @@ HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 
 MOST_WRONG = 5
 """Tensors that do not fit, of which each gets a line."""
 MAY_CHANGE = ("checkpoint", "cluster", "eval", "observe", "recovery")
-"""Sections that may differ when a run is resumed; in roles, `layout` may."""
+"""Sections that may differ when a run is resumed; in roles, `layout` may; of `run`, `storage`."""
 MAY_CHANGE_OF_LABELS = tuple(
     f"labels.{name}" for name in ("keep", "max_bytes", "when_full", "segment_bytes", "copy_to", "wait_s")
 )
@@ -36,7 +36,8 @@ def check_start(config: RunConfig) -> None:
     wanted_kernels()
     cluster = config.cluster
     if cluster.address is None:
-        check_fits(role_layouts(config), local_inventory(cluster), cluster.cpu_ranks_per_core)
+        if not config.recovery.start_smaller:
+            check_fits(role_layouts(config), local_inventory(cluster), cluster.cpu_ranks_per_core)
         _check_dashboard_port(cluster)
     else:
         check_cluster(cluster.address)
@@ -149,7 +150,7 @@ def forbidden_changes(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def _may_change(name: str) -> bool:
-    if name.split(".")[0] in MAY_CHANGE or ".layout." in f"{name}.":
+    if name == "run.storage" or name.split(".")[0] in MAY_CHANGE or ".layout." in f"{name}.":
         return True
     return name in MAY_CHANGE_OF_LABELS or (name.startswith("students.") and name.endswith(MAY_CHANGE_OF_STUDENTS))
 

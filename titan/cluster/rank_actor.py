@@ -67,6 +67,11 @@ class RankActor:
         self._built.request_stop(for_good)
 
     @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
+    def heed_disk(self, low: bool) -> None:
+        """Whether the disk that the role's labels go to is nearly full."""
+        self._built.heed_disk(low)
+
+    @ray.method(concurrency_group="control")  # type: ignore[untyped-decorator]
     def take_news(self, heard: int) -> tuple[int, list[Any]]:
         """Metrics and events from number `heard` on; an answer, even an empty one, shows that the process lives."""
         return self.rank.take_news(heard) if self.rank is not None else (heard, [])

@@ -48,7 +48,7 @@ def _result(report: RoleReport, config: RunConfig) -> RoleResult:
         tokens=report.tokens,
         tokens_per_s=report.tokens / report.train_seconds if report.train_seconds else 0.0,
         heldout_bits_per_byte=report.heldout_bits_per_byte,
-        steps=report.tokens // (config.data.batch_size * config.data.sequence_length),
+        steps=-(-report.tokens // (config.roles[report.role].batch_size * config.data.sequence_length)),
         labels_consumed=_whole(labels.get("labels_consumed")),
         labels_missed=_whole(labels.get("labels_missed")),
         labels_repeated=_whole(labels.get("labels_repeated")),

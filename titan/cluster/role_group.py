@@ -250,6 +250,10 @@ class RoleGroup:
         """Ask the role to stop after the step under way."""
         self.actors[0].request_stop.remote()
 
+    def heed_disk(self, low: bool) -> None:
+        """Tell the role whether the disk that its labels go to is nearly full."""
+        self.actors[0].heed_disk.remote(low)
+
     def request_pause(self) -> None:
         """Ask the role to make a checkpoint after the step under way and end, to be started in another layout."""
         if not self._pausing:

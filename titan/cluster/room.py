@@ -6,7 +6,32 @@ from titan.cluster.placement import free_slots
 from titan.cluster.role_group import Phase, RoleGroup
 from titan.config.model import LayoutSettings
 from titan.config.settings import RunConfig
+from titan.errors import ConfigError
 from titan.plan.smaller import largest_that_fits, smaller_layouts
+
+
+def layouts_to_start(groups: Iterable[RoleGroup], config: RunConfig) -> dict[str, LayoutSettings]:
+    """The layout of each role where none has a place yet: one after the other the largest that has room.
+
+    Each leaves to those after it what their smallest layouts need. Raises ConfigError where not even these fit.
+    """
+    groups, slots = list(groups), free_slots(config, ())
+    least = {group.role: _smallest(group, config) for group in groups}
+    room, chosen = sum(slots.values()), {}
+    for group in groups:
+        del least[group.role]
+        beside = dict(slots)
+        _take(sum(least.values()), beside)
+        settings = largest_that_fits(group.wanted, config.data, beside)
+        if settings is None:
+            raise ConfigError(
+                f"recovery.start_smaller is true, but the smallest layouts of {', '.join(one.role for one in groups)} "
+                f"do not fit into the {room} ranks that there is room for; wait for more hosts (cluster.nodes), or "
+                "have fewer students"
+            )
+        chosen[group.role] = settings
+        _take(settings.ranks, slots)
+    return chosen
 
 
 def layout_for(group: RoleGroup, others: Iterable[RoleGroup], config: RunConfig) -> LayoutSettings:
@@ -37,11 +62,16 @@ def _room_beside(group: RoleGroup, others: Iterable[RoleGroup], config: RunConfi
     slots = free_slots(config, [place.node_id for other in every for place in other.places])
     for other in every:
         if other.phase is Phase.ROOM:
-            smallest = min((layout.ranks for layout in smaller_layouts(other.wanted, config.data)), default=0)
-            _take(smallest or other.num_ranks, slots)
+            _take(_smallest(other, config), slots)
         elif other.is_starting and not other.places:
             _take(other.num_ranks, slots)
     return slots
+
+
+def _smallest(group: RoleGroup, config: RunConfig) -> int:
+    """Ranks of a role's smallest layout."""
+    own = group.wanted.layout.ranks
+    return min((layout.ranks for layout in smaller_layouts(group.wanted, config.data)), default=own)
 
 
 def _take(ranks: int, slots: dict[str, int]) -> None:

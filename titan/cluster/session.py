@@ -80,7 +80,7 @@ def _watched(address: str) -> Iterator[None]:
 
     def leave() -> None:
         print(
-            f"titan: Ray's head at {address} was there and then could not be reached for {watch.gone_s:.0f} s; start "
+            f"titan: Ray's head at {address} was there and then could not be reached for {watch.silent_s:.0f} s; start "
             "Ray again, then `titan resume` the run",
             file=sys.stderr,
             flush=True,

@@ -16,20 +16,21 @@ from typing import Any
 import ray
 
 from titan.checkpoint.fence import read_generation
-from titan.checkpoint.folder import find_checkpoint
+from titan.cluster.disk import DiskWatch
 from titan.cluster.failure import Failure
 from titan.cluster.grace import Grace
 from titan.cluster.head import HeadWatch
 from titan.cluster.label_service import ServiceKeeper
+from titan.cluster.label_source import home_folders, initial_weights
 from titan.cluster.planning import Planned, plan_picture, with_layouts
 from titan.cluster.processes import kill_processes
 from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError, save_without_head
-from titan.cluster.room import layout_for, who_must_give_way
+from titan.cluster.room import layout_for, layouts_to_start, who_must_give_way
 from titan.cluster.session import discover
 from titan.cluster.spares import SparePool
 from titan.config.model import LayoutSettings
-from titan.config.settings import TEACHER, RunConfig
+from titan.config.settings import TEACHER
 from titan.distill.log.second_copy import copy_folder
 from titan.distill.news import untold_metrics
 from titan.distill.rank import RankSpec, RoleReport
@@ -97,11 +98,14 @@ class Supervisor:
         self.signals = 0
         self.groups: dict[str, RoleGroup] = {}
         self.service: ServiceKeeper | None = None
-        if self.config.serves_labels:
+        self.home = ""
+        """Address of the run folder for hosts that do not see it."""
+        if self.config.serves_labels or self.config.run.storage == "per-node":
             local = self.config.cluster.address is None
             self.service = ServiceKeeper(run_folder, events, LOCALHOST if local else None)
         self.spares = SparePool(self.config, events)
         self.head = HeadWatch(self._leave_without_head)
+        self.disk = DiskWatch(self.config, run_folder, events)
         self.begin = time.monotonic()
         self.recovering: dict[str, float] = {}
         """Roles that failed and have made no step since, and when that was noticed."""
@@ -141,7 +145,8 @@ class Supervisor:
         config = self.config
         layouts = role_layouts(config)
         inventory = discover(config.cluster)
-        check_fits(layouts, inventory, config.cluster.cpu_ranks_per_core)
+        if not config.recovery.start_smaller:
+            check_fits(layouts, inventory, config.cluster.cpu_ranks_per_core)
         plan = plan_json(layouts, inventory)
         plan["predictions"] = {role: found.to_json() for role, found in self.planned.predictions.items()}
         (self.run_folder / PLAN_FILE).write_text(json.dumps(plan, indent=1))
@@ -159,11 +164,16 @@ class Supervisor:
         """Start all ranks; training begins when all of them are up. Raises WorkerError if that cannot be."""
         self.state = State.SPAWN
         begin = time.monotonic()
+        if self.service is not None and self.config.run.storage == "per-node":
+            self.home = self.service.start_home(home_folders(self.config, self.corpus_folder))
         for role in self.config.roles:
             step = self.resumed.get(role, 0)
             self.metrics.write_missing(untold_metrics(self.run_folder / "checkpoints" / role))
             self.groups[role] = RoleGroup(role, self.config, self.planned.paced, self._spec, step, self.spares)
         groups = list(self.groups.values())
+        if self.config.recovery.start_smaller:
+            for role, settings in layouts_to_start(groups, self.config).items():
+                self._use(self.groups[role], settings)
         for group in groups:
             group.start()
         total = sum(group.num_ranks for group in groups)
@@ -177,6 +187,8 @@ class Supervisor:
                     if not self.head.look():
                         break
                     self._recover(group, group.cause(lost.errors), noticed)
+            if self.service is not None:
+                self.service.look()
             self.display.phase(_starting(groups, total))
             self.display.refresh()
             if self.signals:
@@ -199,9 +211,10 @@ class Supervisor:
             rank,
             self.run_folder.absolute(),  # the nodes of a Ray that was joined were not started here
             self.corpus_folder.absolute(),
-            init=_init(config, role),
+            init=initial_weights(config, role),
             copy_folder=copy_folder(config, role) if config.teaches(role) else None,
             label_token=self.service.token if self.service is not None else "",
+            home=self.home,
             pace=found.paces[rank] if found is not None and paced else None,
             expected_busy_s=found.busy_s if found is not None else (),
             generation=read_generation(self.run_folder, role),
@@ -238,9 +251,10 @@ class Supervisor:
                     again = group.phase is not Phase.ROOM  # recovery.wait_s has been waited already
                     self._recover(group, Failure(str(late), again, {"role": group.role}), noticed)
             self.display.refresh()
-            if self.signals and self.state is State.RUN:
+            self.disk.look(self.groups.values())
+            if (self.signals or self.disk.must_stop) and self.state is State.RUN:
                 self.state = State.DRAIN
-                self.events.emit("stop_requested", signal=self.signal_name)
+                self.events.emit("stop_requested", signal=self.signal_name if self.signals else "disk_low")
                 self.display.phase("stopping after this step; once more to stop at once")
                 for group in self.groups.values():
                     if group.phase is Phase.TRAIN:
@@ -250,6 +264,8 @@ class Supervisor:
                 self.events.emit("grace_over", roles=unsaved, grace_s=self.grace.seconds)
                 raise self.grace.out_of_time(unsaved)
         self.grace.saved()
+        if self.disk.must_stop and any(group.report.stopped for group in self.groups.values() if group.report):
+            raise self.disk.error()
         self.state = State.DONE
         reports = {role: group.report for role, group in self.groups.items() if group.report is not None}
         return Outcome(reports, any(report.stopped for report in reports.values()))
@@ -257,10 +273,14 @@ class Supervisor:
     def _without_head(self) -> PlatformError:
         """Ray's head is lost: roles that train save and end, which needs no head; nothing can be started any more."""
         self.head.heeded.set()
+        silent_s, begin = self.head.silent_s, time.monotonic()
         late = save_without_head(self.groups.values())
-        self.events.emit("head_lost", address=self.head.address, not_saved=late)
+        self.events.emit(
+            "head_lost", address=self.head.address, not_saved=late, silent_s=round(silent_s, 1),
+            saving_s=round(time.monotonic() - begin, 1),
+        )  # fmt: skip
         return PlatformError(
-            f"Ray's head at {self.head.address} could not be reached for {self.head.gone_s:.0f} s: "
+            f"Ray's head at {self.head.address} could not be reached for {silent_s:.0f} s: "
             + ("every role has saved" if not late else f"{', '.join(late)} could not save")
             + ("; " if self.config.cluster.address is None else "; start Ray again, then ")
             + f"`titan resume {self.run_folder}` goes on from there"
@@ -282,7 +302,7 @@ class Supervisor:
         processes = [f"{place.host}:{place.pid}" for place in group.places]
         self.events.emit("placed", role=group.role, generation=group.generation, processes=processes)
         group.train()
-        if group.role == TEACHER and self.service is not None:
+        if group.role == TEACHER and self.service is not None and not self.home:
             node = group.places[group.layout.stages[-1].rank(0, 0)].node_id
             if node != self.service.node_id:
                 self.service.stop()
@@ -378,7 +398,9 @@ class Supervisor:
         group.use_layout(settings)
         if group.num_ranks != before:
             wanted = group.wanted.layout.ranks
-            self.events.emit("layout", role=group.role, ranks=group.num_ranks, before=before, wanted=wanted)
+            self.events.emit(
+                "layout", role=group.role, step=group.last_step, ranks=group.num_ranks, before=before, wanted=wanted
+            )
             said = f"{group.role} goes on with {group.num_ranks} of {wanted} ranks"
             self.display.log(f"{time.strftime('%H:%M:%S')}  {said}")
 
@@ -422,13 +444,6 @@ class Supervisor:
         self.state = State.LOST
         self.events.emit("failed", **failure.fields, error=failure.message + more)
         return WorkerError(failure.message + more)
-
-
-def _init(config: RunConfig, role: str) -> Path | None:
-    if role == TEACHER and config.teacher.pretrained is not None:
-        return Path(config.teacher.pretrained).absolute()
-    named = {student.name: student.init for student in config.students}.get(role)
-    return None if named is None else find_checkpoint(Path(named)).absolute()
 
 
 def _starting(groups: Sequence[RoleGroup], total: int) -> str:

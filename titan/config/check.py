@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from titan.config.check_batch import batch_mistakes
 from titan.config.check_features import feature_mistakes
 from titan.config.check_layout import divisors, layout_mistakes
 from titan.config.check_log import log_mistakes
@@ -23,8 +24,15 @@ def find_mistakes(config: RunConfig) -> list[str]:
     mistakes += _label_mistakes(config)
     mistakes += log_mistakes(config)
     mistakes += feature_mistakes(config)
+    mistakes += batch_mistakes(config)
     mistakes += _place_mistakes(config)
+    mistakes += _storage_mistakes(config)
     mistakes += _plan_mistakes(config)
+    if config.recovery.start_smaller and config.recovery.policy != "shrink":
+        mistakes.append(
+            f"recovery.start_smaller is true, but recovery.policy is {config.recovery.policy!r}, with which no role "
+            "ever has fewer ranks; leave it out, or use 'shrink'"
+        )
     return mistakes
 
 
@@ -198,3 +206,20 @@ def _place_mistakes(config: RunConfig) -> Iterator[str]:
             f"cluster.dashboard_port is {cluster.dashboard_port}, but a Ray that is joined at cluster.address has "
             "chosen its own; leave it out"
         )
+
+
+def _storage_mistakes(config: RunConfig) -> Iterator[str]:
+    """What ranks cannot have of a run folder that their hosts do not see."""
+    if config.run.storage == "shared":
+        return
+    here, labels = "but run.storage is 'per-node'", config.labels
+    if labels.delivery == "files":
+        yield f"labels.delivery is 'files', {here}, and hosts do not see them; leave it out"
+    if labels.copy_to is not None:
+        yield f"labels.copy_to is {labels.copy_to!r}, {here}, where the driver's host alone keeps labels; leave it out"
+    for student in config.students:
+        if student.distill.features.weights:
+            yield (
+                f"students.{student.name}.distill.features is set, {here}, and features are not sent over it; leave "
+                "them out, or put run.dir on storage that all hosts share"
+            )

@@ -21,7 +21,8 @@ def layout_mistakes(name: str, role: Role, data: DataSettings) -> Iterator[str]:
     if layout.planned:
         yield from _planned_mistakes(name, layout)
         return
-    batch = Batch(data.batch_size, data.sequence_length)
+    setting = "data.batch_size" if role.batch_size == data.batch_size else f"{role.place}.batch_size"
+    batch = Batch(role.batch_size, data.sequence_length, setting)
     yield from stage_mistakes(name, layout, role.model, batch, role.precision)
 
 
@@ -31,6 +32,8 @@ class Batch:
 
     samples: int
     length: int
+    setting: str = "data.batch_size"
+    """Which says how many samples."""
 
 
 def stage_mistakes(
@@ -158,15 +161,15 @@ def _schedule_mistakes(name: str, layout: LayoutSettings) -> Iterator[str]:
 
 
 def _batch_mistakes(name: str, layout: LayoutSettings, whole: Batch) -> Iterator[str]:
-    batch, number = whole.samples, layout.num_micro_batches
+    batch, number, setting = whole.samples, layout.num_micro_batches, whole.setting
     if batch % number:
         yield (
-            f"{name}.micro_batches is {number}, which does not divide data.batch_size ({batch}); "
+            f"{name}.micro_batches is {number}, which does not divide {setting} ({batch}); "
             f"use {divisors(batch, number)}"
         )
         return
     samples = batch // number
-    size = f"a micro-batch has {samples} samples (data.batch_size {batch} / {number} micro-batches)"
+    size = f"a micro-batch has {samples} samples ({setting} {batch} / {number} micro-batches)"
     remedy = "use fewer micro-batches or a larger batch"
     if layout.stages is None and samples < layout.dp:
         yield f"{name}.dp is {layout.dp}, but {size}; {remedy}"

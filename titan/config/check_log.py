@@ -35,7 +35,8 @@ def log_segment_bytes(labels: LabelSettings, writers: int) -> int:
 
 
 def _somebody_waits(config: RunConfig) -> bool:
-    full = config.labels.max_bytes is not None and config.labels.when_full == "wait"
+    bounded = config.labels.max_bytes is not None or config.recovery.min_free_bytes > 0
+    full = bounded and config.labels.when_full == "wait"
     return full or any(student.backpressure == "wait" for student in config.students)
 
 
@@ -43,11 +44,14 @@ def _limit_mistakes(config: RunConfig) -> Iterator[str]:
     labels = config.labels
     if labels.keep == "needed" and not config.students:
         yield "labels.keep is 'needed', but no student of this run learns from its log; set it to 'all'"
-    if labels.max_bytes is None:
+    if labels.max_bytes is None and not config.recovery.min_free_bytes:
         if labels.when_full != "drop":
-            yield f"labels.when_full is {labels.when_full!r}, but labels.max_bytes is absent; set it, or leave both out"
+            yield (
+                f"labels.when_full is {labels.when_full!r}, but labels.max_bytes is absent, and so is "
+                "recovery.min_free_bytes; set one of them, or leave all out"
+            )
         return
-    if labels.when_full == "wait" and labels.keep == "all":
+    if labels.when_full == "wait" and labels.keep == "all" and labels.max_bytes is not None:
         yield (
             "labels.when_full is 'wait' and labels.keep is 'all', so no student could ever make room; set labels.keep "
             "to 'needed'"
@@ -59,13 +63,16 @@ def _limit_mistakes(config: RunConfig) -> Iterator[str]:
                     f"labels.when_full is 'drop', but {student.name} teaches others and cannot leave out a step; "
                     "set it to 'wait' or 'stop'"
                 )
+    if labels.max_bytes is None:
+        return
     least = _step_bytes(config)
     steps = labels.max_bytes // least
     wanted = config.checkpoint.every_steps
-    if labels.when_full == "wait" and steps <= 2 * wanted:
+    held = max((config.steps_in_hand(student) for student in config.students), default=0)
+    if labels.when_full == "wait" and steps <= 2 * wanted + held:
         yield (
             f"labels.max_bytes is {labels.max_bytes}, room for {steps} steps, but students make room only every "
-            f"{wanted} steps (checkpoint.every_steps); allow at least {3 * wanted * least}, or save more often"
+            f"{wanted} steps (checkpoint.every_steps); allow at least {(3 * wanted + held) * least}, or save more often"
         )
 
 

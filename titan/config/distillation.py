@@ -127,8 +127,9 @@ class LabelSettings(Section):
     max_bytes: Annotated[int, Field(ge=65536)] | None = None
     """Most that a log may take on disk, index included; absent, there is no limit."""
     when_full: Literal["drop", "wait", "stop"] = "drop"
-    """What a log of `max_bytes` does: `drop` deletes the oldest labels, which students that still needed them skip;
-    `wait` pauses its teacher until students' checkpoints have made room; `stop` ends the run."""
+    """What a log of `max_bytes` does, or one whose disk has less than `recovery.min_free_bytes` free: `drop` deletes
+    the oldest labels, which students that still needed them skip; `wait` pauses its teacher until there is room, which
+    students' checkpoints make; `stop` ends the run."""
     segment_bytes: Annotated[int, Field(ge=4096)] = 64 << 20
     """Size at which a file of the log is full and the next begins; old labels go a file at a time. With `max_bytes` it
     is at most an eighth of that over the replicas that write."""

@@ -1,5 +1,6 @@
 """What a run is: one frozen model a section of run.toml. docs/config.md is generated from it."""
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -30,6 +31,9 @@ class RunSettings(Section):
     """Seeds initial weights and the order of samples. The result depends on nothing else that is random."""
     steps: PositiveInt
     """Optimizer steps of the teacher."""
+    storage: Literal["shared", "per-node"] = "shared"
+    """Who sees the run folder: all hosts that have ranks; or with `per-node` the driver's host alone, to which ranks
+    send what they keep, and from which they get what they need (docs/operations.md)."""
 
 
 class DataSettings(Section):
@@ -46,7 +50,7 @@ class DataSettings(Section):
     sequence_length: Annotated[int, Field(ge=8)] = 128
     """Tokens a sample predicts."""
     batch_size: PositiveInt = 16
-    """Samples in a step, over all ranks; the same for every role."""
+    """Samples in a step, over all ranks; of students that have no `batch_size` of their own, too."""
     heldout_fraction: Annotated[float, Field(gt=0.0, lt=0.5)] = 0.02
     """Share of documents, chosen by content hash, that no role trains on."""
     shard_tokens: PositiveInt = 4_000_000
@@ -87,7 +91,7 @@ class TeacherSettings(Section):
 
 
 class StudentSettings(Section):
-    """One student. It takes one step for every teacher step after its start."""
+    """One student. It learns the samples of every teacher step after its start."""
 
     name: Name
     """Names the student; `teacher` is taken."""
@@ -96,7 +100,10 @@ class StudentSettings(Section):
     layout: LayoutSettings = LayoutSettings()
     """How the student is cut over ranks."""
     optimizer: OptimizerSettings = OptimizerSettings()
-    """Optimizer of the student; its schedule spans the steps from the student's start to the end of the run."""
+    """Optimizer of the student; its schedule spans the student's own steps, from its start to the end of the run."""
+    batch_size: PositiveInt | None = None
+    """Samples in a step of its own: those of the teacher's steps in their order, regrouped. The default is that of its
+    teacher, `data.batch_size`. Not for one that teaches others or learns features."""
     precision: Precision = "fp32"
     """Type of weights and activations."""
     seed: NonNegativeInt | None = None
@@ -167,6 +174,8 @@ class RecoverySettings(Section):
     """Only the role concerned starts again, from its newest checkpoint; the others go on. Where a lost host leaves too
     little room, `shrink` goes on with fewer ranks, and grows again at a checkpoint once there is room; `wait` waits for
     room. `stop` ends the run, to be resumed by hand."""
+    start_smaller: bool = False
+    """Start with fewer ranks where there is not yet room for all, with `shrink`; roles grow as hosts join."""
     wait_s: PositiveFloat = 600.0
     """Longest wait for room; then the run ends."""
     max_restarts: NonNegativeInt = 5
@@ -176,6 +185,9 @@ class RecoverySettings(Section):
     grace_s: PositiveFloat = 240.0
     """Time from SIGTERM to the end of the process. Every role stops after its step and saves; one that has not when the
     grace is nearly over is ended, with what its last checkpoint has."""
+    min_free_bytes: NonNegativeInt = 0
+    """Free room below which the disk of the run folder, or of `labels.copy_to`, counts as full: `labels.when_full` says
+    what is done, and below half of it every role saves and the run ends. With 0 a write that fails ends the run."""
     spares: NonNegativeInt = 0
     """Processes a node that wait with their imports done; a role that starts again takes them over instead of starting
     its own. As many as the largest role has ranks on a node are best. Only for ranks on CPUs."""
@@ -202,6 +214,7 @@ class Role:
     layout: LayoutSettings
     optimizer: OptimizerSettings
     precision: Precision
+    batch_size: int
     frozen: bool = False
     """Whether its weights stay as they are: it has no gradients and no optimizer."""
 
@@ -242,12 +255,18 @@ class RunConfig(Section):
         every = []
         teacher = self.teacher
         if teacher.log is None and teacher.model is not None:
-            frozen = teacher.pretrained is not None
-            every.append(
-                Role(TEACHER, TEACHER, teacher.model, teacher.layout, teacher.optimizer, teacher.precision, frozen)
-            )
-        every += [
-            Role(one.name, f"students.{one.name}", one.model, one.layout, one.optimizer, one.precision)
-            for one in self.students
-        ]
+            frozen, own = teacher.pretrained is not None, (teacher.model, teacher.layout, teacher.optimizer)
+            every.append(Role(TEACHER, TEACHER, *own, teacher.precision, self.data.batch_size, frozen))
+        for one in self.students:
+            own, size = (one.model, one.layout, one.optimizer), one.batch_size or self.data.batch_size
+            every.append(Role(one.name, f"students.{one.name}", *own, one.precision, size))
         return {role.name: role for role in every}
+
+    def regroups(self, student: StudentSettings) -> bool:
+        """Whether a student has another batch size than its teacher."""
+        return student.batch_size not in (None, self.data.batch_size)
+
+    def steps_in_hand(self, student: StudentSettings) -> int:
+        """Most teacher steps of which a student may have samples that are in no full batch yet."""
+        size, step = student.batch_size or self.data.batch_size, self.data.batch_size
+        return -(-(size - math.gcd(size, step)) // step)

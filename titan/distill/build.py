@@ -20,6 +20,9 @@ def warm_up() -> None:
 
 def make_rank(spec: RankSpec) -> "RoleRank":
     """The rank of a spec, in a process set up for its device: that comes before megatron-core is imported."""
+    from titan.distill.storage import check_storage
+
+    check_storage(spec)
     from titan.platform.device import prepare_process, select_platform
 
     platform = select_platform(spec.config.cluster.device)

@@ -1,21 +1,15 @@
 """How a producer of labels keeps its log within bounds, and for which students it pauses between two steps.
 
-Only a student with `backpressure = "wait"`, or a log that is full where `labels.when_full` is "wait", pauses a teacher.
+Only a student with `backpressure = "wait"`, or a log or disk that is full where `labels.when_full` is "wait", pauses a
+teacher.
 The lead of its ranks sees that in files; its vote, passed along with a step, tells the others, and all pause together.
 """
 
 import time
 from collections.abc import Callable
 
-from titan.distill.log.retention import (
-    Kept,
-    Retention,
-    drop_before,
-    largest_step_bytes,
-    log_bytes,
-    read_position,
-    retain,
-)
+from titan.distill.log.retention import Kept, Retention
+from titan.distill.log.upkeep import LogUpkeep
 from titan.distill.rank import RankSpec
 from titan.errors import LabelError
 from titan.parallel.world import World
@@ -31,13 +25,15 @@ HOLD = 1.0
 class LogKeeper:
     """Of one role. Every rank has one, so that they pause alike; only the lead's looks at files."""
 
-    def __init__(self, spec: RankSpec, world: World, tell_event: Callable[..., None], waited_s: float):
-        """tell_event: to tell the driver an event, by name and fields
-        waited_s:      in pauses before this start of the role
+    def __init__(self, spec: RankSpec, world: World, log: LogUpkeep, tell_event: Callable[..., None], waited_s: float):
+        """log:     that of the role
+        tell_event: to tell the driver an event, by name and fields
+        waited_s:   in pauses before this start of the role
         """
         labels = spec.config.labels
-        self.world, self.tell_event = world, tell_event
-        self.folder, self.copy, self.fence = spec.own_label_folder, spec.copy_folder, spec.fence
+        self.world, self.log, self.tell_event = world, log, tell_event
+        self.folder = spec.own_label_folder
+        """For words."""
         self.keep, self.max_bytes, self.when_full = labels.keep, labels.max_bytes, labels.when_full
         self.wait_s = labels.wait_s
         students = [student for student in spec.config.students if student.teacher == spec.role]
@@ -45,16 +41,19 @@ class LogKeeper:
         """Students, and the step before which they need nothing."""
         self.max_lag = {student.name: student.max_lag or 0 for student in students if student.backpressure == "wait"}
         """Students that are waited for, and how far behind they may be."""
-        self.may_pause = bool(self.max_lag) or (self.max_bytes is not None and self.when_full == "wait")
+        bounded = self.max_bytes is not None or spec.config.recovery.min_free_bytes > 0
+        self.may_pause = bool(self.max_lag) or (bounded and self.when_full == "wait")
+        self.disk_low = False
+        """Whether the disk is nearly full, as the driver says."""
         self.overdue: set[str] = set()
         """Students that were waited for too long: that ends when they have caught up."""
         self.due = self.may_pause
         """Whether to look for a reason to pause before the next step; the same on all ranks."""
         self.waited_s, self.last_s = waited_s, 0.0
         """In all pauses, and before the step that is made now."""
-        looks = self.max_bytes is not None and world.is_lead
-        self._size = log_bytes(self.folder) if looks else 0
-        self._step_bytes = largest_step_bytes(self.folder) if looks else 0
+        self._size = self._step_bytes = 0
+        if self.max_bytes is not None and world.is_lead:
+            self._size, self._step_bytes = log.size_bytes(), log.step_bytes()
         self._next_try = 0.0
 
     def vote(self, step: int) -> float:
@@ -94,7 +93,7 @@ class LogKeeper:
         if not self.world.is_lead:
             return
         if self.max_bytes is not None:
-            before, self._size = self._size, log_bytes(self.folder)
+            before, self._size = self._size, self.log.size_bytes()
             self._step_bytes = max(self._step_bytes, self._size - before)
         if (checkpoint and self.keep == "needed") or (self.when_full != "wait" and self._is_full()):
             self._retain()
@@ -116,8 +115,13 @@ class LogKeeper:
         if time.monotonic() < self._next_try:
             return True
         self._next_try = time.monotonic() + ROOM_S
-        if not self._retain().full:
+        if not self._retain().full and not self.disk_low:
             return False
+        if waited_s > self.wait_s and self.disk_low:
+            raise LabelError(
+                f"the disk of {self.folder} has less than recovery.min_free_bytes free, and nobody made room for "
+                f"{self.wait_s:g} s (labels.wait_s); make room, then `titan resume` goes on"
+            )
         if waited_s > self.wait_s:
             raise LabelError(
                 f"the labels in {self.folder} take {self._size} of labels.max_bytes {self.max_bytes}, and no student "
@@ -128,17 +132,15 @@ class LogKeeper:
 
     def _is_full(self, steps: int = 1) -> bool:
         """Whether there is no room for so many steps more."""
-        return self.max_bytes is not None and self._size + steps * self._step_bytes > self.max_bytes
+        return self.disk_low or (self.max_bytes is not None and self._size + steps * self._step_bytes > self.max_bytes)
 
     def _retain(self) -> Kept:
-        if self.fence is not None:
-            self.fence.check()
-        rule = Retention(self.keep, self.max_bytes, self.when_full, self._step_bytes)
-        kept = retain(self.folder, rule, self.expected)
+        rule = Retention(self.keep, self.max_bytes, self.when_full, self._step_bytes, free_bytes=int(self.disk_low))
+        if self.when_full == "drop":
+            self.disk_low = False  # one file has gone; the driver says whether more have to
+        kept = self.log.retain(rule, self.expected)
         self._size = kept.size_bytes
         if kept.dropped_bytes:
-            if self.copy is not None:
-                drop_before(self.copy, kept.first_step)
             self.tell_event(
                 "labels_dropped", first_step=kept.first_step, dropped_bytes=kept.dropped_bytes,
                 size_bytes=kept.size_bytes, overtaken=list(kept.overtaken),
@@ -152,5 +154,5 @@ class LogKeeper:
 
     def _lag(self, name: str, step: int) -> int:
         """Steps from the next one that a student learns to the one that is to be made."""
-        position = read_position(self.folder, name)
+        position = self.log.position(name)
         return step - 1 - (self.expected[name] if position is None else position)

@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+from titan.checkpoint.files import Files
 from titan.checkpoint.folder import newest_step
 from titan.distill.log.retention import remove_place, write_place, write_position
 
@@ -13,9 +14,11 @@ LOOK_S = 0.1
 class PlaceTeller:
     """Of a student's lead. A checkpoint counts once it is whole on disk, however long that takes."""
 
-    def __init__(self, log: Path, name: str, checkpoints: Path, live: bool):
-        """log: of its teacher;  live: also tell every step that it learns, because the teacher may wait for it"""
-        self.log, self.name, self.checkpoints, self.live = log, name, checkpoints, live
+    def __init__(self, log: Path | Files, name: str, checkpoints: Path | Files, live: bool, held: int = 0):
+        """log: of its teacher;  live: also tell every step that it learns, because the teacher may wait for it
+        held: steps up to that of a checkpoint that it may want to read again
+        """
+        self.log, self.name, self.checkpoints, self.live, self.held = log, name, checkpoints, live, held
         self.saved = newest_step(checkpoints)
         self.awaited = 0
         """Step of the checkpoint on its way."""
@@ -24,7 +27,7 @@ class PlaceTeller:
         if self.saved is None:
             remove_place(log, name)
         else:
-            write_place(log, name, self.saved)
+            write_place(log, name, max(0, self.saved - held))
 
     def saving(self, step: int) -> None:
         """A checkpoint of a step is on its way."""
@@ -43,5 +46,5 @@ class PlaceTeller:
         self._next_look = time.monotonic() + LOOK_S
         newest = newest_step(self.checkpoints)
         if newest is not None and newest > (self.saved or 0):
-            write_place(self.log, self.name, newest)
+            write_place(self.log, self.name, max(0, newest - self.held))
             self.saved = newest

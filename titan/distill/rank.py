@@ -23,6 +23,8 @@ class RankSpec:
     """On a paced device: the time its passes take."""
     label_token: str = field(default="", repr=False)
     """What the label service asks for; empty where labels are read from files."""
+    home: str = ""
+    """Where the run folder can be had, `grpc+tcp://HOST:PORT`; empty where this host sees it itself."""
     init: Path | None = None
     """Checkpoint that the role's weights start from, if not at random; of a frozen teacher its Hugging Face folder."""
     copy_folder: Path | None = None
@@ -56,9 +58,9 @@ class RankSpec:
         return self.run_folder / "checkpoints" / self.role
 
     @property
-    def label_address_file(self) -> Path:
-        """Where the label service leaves its address."""
-        return self.run_folder / ADDRESS_FILE
+    def label_address(self) -> Path | str:
+        """Where the label service leaves its address, or its address."""
+        return self.home or self.run_folder / ADDRESS_FILE
 
     @property
     def teacher(self) -> str:

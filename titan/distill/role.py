@@ -11,7 +11,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import TCPStore
 
-from titan.checkpoint.folder import FROZEN, newest_step, step_folder
+from titan.checkpoint.folder import FROZEN, newest_step, step_name
 from titan.checkpoint.load import Checkpoint
 from titan.checkpoint.pretrained import PretrainedWeights
 from titan.checkpoint.save import CheckpointWriter
@@ -20,6 +20,7 @@ from titan.data.sampler import Sampler
 from titan.distill.keeper import LogKeeper
 from titan.distill.news import UNTOLD, News, Outbox
 from titan.distill.rank import RankSpec, RoleReport
+from titan.distill.storage import Storage
 from titan.model.auxiliary import Auxiliary
 from titan.model.parameters import num_parameters
 from titan.observe.metrics import EvalMetric, Metric, StepMetric, to_line
@@ -42,6 +43,7 @@ class RoleRank(ABC):
 
     def __init__(self, spec: RankSpec, platform: Platform):
         self.spec, self.config, self.platform = spec, spec.config, platform
+        self.storage = Storage(spec)
         self.layout = make_layout(spec.settings.model, spec.settings.layout)
         self.step = 0
         self.stopping, self.pausing = threading.Event(), threading.Event()
@@ -73,7 +75,7 @@ class RoleRank(ABC):
         self.world = join_world(
             spec.role, self.layout, spec.rank, self.platform, store, config.cluster.step_timeout_s, own_address(host)
         )
-        self.corpus = Corpus.open(spec.corpus_folder)
+        self.corpus = Corpus.open(self.storage.corpus())
         data = config.data
         self.sampler = Sampler(self.corpus, data.sequence_length, data.batch_size, config.run.seed)
         self.trainer = Trainer(
@@ -85,27 +87,23 @@ class RoleRank(ABC):
                 precision=settings.precision,
                 vocab_size=self.corpus.vocab_size,
                 sequence_length=data.sequence_length,
-                batch_size=data.batch_size,
+                batch_size=settings.batch_size,
                 seed=spec.initial_seed,
                 auxiliary=self.auxiliary(),
                 frozen=settings.frozen,
             ),
             spec.pace,
         )
+        files = self.storage.files(spec.checkpoint_folder)
         self.checkpoints = CheckpointWriter(
-            spec.checkpoint_folder,
-            spec.rank,
-            self.layout.num_ranks,
-            config.checkpoint.keep,
-            config.cluster.step_timeout_s,
-            spec.fence,
+            files, spec.rank, self.layout.num_ranks, config.checkpoint.keep, config.cluster.step_timeout_s
         )
         if settings.frozen:
             assert spec.init is not None, "a frozen teacher is a folder"
             load_pretrained(self.trainer, PretrainedWeights(spec.init))
-        newest = newest_step(spec.checkpoint_folder)
+        newest = newest_step(files)
         if newest is not None:
-            checkpoint = Checkpoint(step_folder(spec.checkpoint_folder, newest))
+            checkpoint = Checkpoint(files.below(step_name(newest)))
             if not settings.frozen:
                 restore_trainer(self.trainer, checkpoint)
             self.step = checkpoint.step
@@ -113,7 +111,7 @@ class RoleRank(ABC):
             self.student_wait_s = checkpoint.state.get("student_wait_s", 0.0)
             self.load_state(checkpoint.state)
         elif spec.init is not None and not settings.frozen:
-            start_from(self.trainer, Checkpoint(spec.init))
+            start_from(self.trainer, Checkpoint(self.storage.initial_weights()))
         self.saved_step = self.step
         kernels = choices(self.world.platform.kind)
         self.tell_event("kernels", **{operation: choice.backend for operation, choice in kernels.items()})
@@ -186,13 +184,9 @@ class RoleRank(ABC):
             extra=extra | ({"student_wait_s": self.keeper.waited_s} if self.keeper and self.keeper.may_pause else {}),
         )
 
-    def steps_made(self) -> int:
-        """Teacher steps since this role's beginning."""
-        return self.step
-
     def samples_made(self) -> int:
         """Samples that it trained on."""
-        return self.steps_made() * self.config.data.batch_size
+        return self.step * self.config.data.batch_size
 
     def _times(self) -> dict[str, float]:
         waited_s = self.keeper.waited_s if self.keeper is not None else self.student_wait_s
@@ -200,7 +194,12 @@ class RoleRank(ABC):
 
     def keep_log(self) -> None:
         """From now on the role makes labels: its log is kept within bounds, and its students may make it pause."""
-        self.keeper = LogKeeper(self.spec, self.world, self.tell_event, self.student_wait_s)
+        self.keeper = LogKeeper(self.spec, self.world, self.storage.upkeep(), self.tell_event, self.student_wait_s)
+
+    def heed_disk(self, low: bool) -> None:
+        """The driver's word on the disk that labels go to."""
+        if self.keeper is not None:
+            self.keeper.disk_low = low
 
     def pause(self) -> float:
         """Before a step: wait for students, if some are to be waited for; a vote to stop that came meanwhile, or 0."""
@@ -283,3 +282,4 @@ class RoleRank(ABC):
     def leave(self) -> None:
         """Leave the world."""
         self.world.leave()
+        self.storage.close()

@@ -1,36 +1,34 @@
-"""A student's loop: wait for the next committed step of labels, learn it, keep count."""
+"""A student's loop: wait for the next committed step of labels, learn it in batches of its own, keep count.
+
+Its step is the teacher's: the last whose samples it has taken in. Checkpoints, evaluations and lag go by that; learning
+rate and weight of the labels by its own steps, of which a teacher step may bring several, or several bring one.
+"""
 
 import time
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from titan.config.settings import TEACHER
-from titan.distill.codec.block import LabelBlock
+from titan.distill.account import LabelAccount
 from titan.distill.control import ControlTracker
 from titan.distill.features.asked import student_auxiliary
 from titan.distill.features.rank import FeatureLearner, open_learner
-from titan.distill.follow import Follower, Next
+from titan.distill.follow import Follower, Next, Reader
 from titan.distill.lead import LeadTracker, distillation_weight
 from titan.distill.log.ledger import Ledger, Place
-from titan.distill.log.manifest import MANIFEST
 from titan.distill.log.reader import LabelReader
-from titan.distill.log.records import FINISHED, STOPPED, Commit
+from titan.distill.log.records import FINISHED, STOPPED
 from titan.distill.place import PlaceTeller
 from titan.distill.publisher import LabelPublisher, TaughtBatch
 from titan.distill.rank import RankSpec, RoleReport
+from titan.distill.regroup import Batch, Regrouper, piece_of
 from titan.distill.role import RoleRank
 from titan.distill.service.client import FlightLabelReader
+from titan.distill.start import start_reason, wait_for_log, wait_for_start
 from titan.errors import LabelError
 from titan.model.auxiliary import Auxiliary
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.platform.device import Platform
-from titan.tasks.sample_labels import SampleLabels
-
-LOOK_S = 0.1
-COUNTS = ("consumed", "skipped", "repeated", "max_lag", "label_bytes", "label_tokens", "features_missed")
-Reader = LabelReader | FlightLabelReader
 
 
 class StudentRank(RoleRank):
@@ -41,40 +39,35 @@ class StudentRank(RoleRank):
         self.student = next(student for student in spec.config.students if student.name == spec.role)
         self.tracker = LeadTracker()
         self.control = ControlTracker()
-        self.start_step: int | None = None
-        """Teacher step after which the student started; None before."""
-        self.consumed, self.skipped, self.repeated, self.max_lag = 0, 0, 0, 0
-        self.label_bytes, self.label_tokens = 0, 0
-        self.features_missed = 0
-        """Steps learned without features that were asked for, because they were gone."""
+        self.account = LabelAccount(spec.settings.batch_size, spec.config.data.batch_size)
+        self.regrouper = Regrouper(spec.settings.batch_size, self.account.place)
+        self.waited_s = 0.0
+        """For labels, since the last own step."""
         self.learner: FeatureLearner | None = None
-        self.ledger: Ledger | None = None
-        """Only the lead keeps it."""
         self.publisher: LabelPublisher | None = None
         """Of a student that teaches others."""
         self.teller: PlaceTeller | None = None
         """Only of the lead, where the log is of this run."""
         self.at = 0
-        """The last step it has learned or, before its start, need not learn."""
+        """The last step it has taken in or, before its start, need not learn."""
 
     def own_state(self) -> dict[str, Any]:
         """Offset and counts are committed with the weights, so that nothing is lost or learned twice."""
+        account = self.account.state()
         return {
             "producer": self.spec.teacher,
-            "start_step": self.start_step,
-            "place": None if self.start_step is None else [self.step + 1, 0],
+            "start_step": account["start_step"],
+            "place": account["place"],
             "lead": vars(self.tracker),
             "control": vars(self.control),
-            "counts": {name: getattr(self, name) for name in COUNTS},
+            "counts": account["counts"],
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Inverse of `own_state`."""
-        self.start_step = state["start_step"]
+        self.account.load(state)
         self.tracker = LeadTracker(**state["lead"])
         self.control = ControlTracker(**state.get("control", {}))
-        for name, value in state["counts"].items():
-            setattr(self, name, value)
 
     def train(self) -> RoleReport:
         """Learn every step from the start to the end of the log."""
@@ -82,12 +75,10 @@ class StudentRank(RoleRank):
         self.learner = open_learner(self.config, self.student, self.trainer, reader, self.spec.label_folder)
         self._open_ledger()
         try:
-            stopped = self._wait_for_log()
+            stopped = wait_for_log(self.spec, self.storage, self._alone_and_stopping)
             if not stopped:
                 log = self._follow(reader)
-                stopped = self._wait_for_start(log)
-                if not stopped and self.start_step is not None:
-                    stopped = self._learn(log)
+                stopped = self._learn(log) if self._begin(log) else not log.finished
         finally:
             if self.learner is not None:
                 self.learner.close()
@@ -96,14 +87,12 @@ class StudentRank(RoleRank):
         report = self.finish(stopped, self._accounting())
         if self.teller is not None:
             self.teller.look()
-        if self.ledger is not None:
-            self.ledger.close()
         return report
 
     def _open_reader(self) -> Reader:
         timeout_s = self.config.cluster.step_timeout_s
         if self.spec.label_token:
-            return FlightLabelReader(self.spec.label_address_file, self.spec.label_token, self.spec.teacher, timeout_s)
+            return FlightLabelReader(self.spec.label_address, self.spec.label_token, self.spec.teacher, timeout_s)
         return LabelReader(self.spec.label_folder, timeout_s)
 
     def _follow(self, reader: Reader) -> Follower:
@@ -111,7 +100,9 @@ class StudentRank(RoleRank):
         of_this_run = self.spec.teacher != TEACHER or self.config.teacher.log is None
         if self.world.is_lead and of_this_run:
             live = self.student.backpressure == "wait"
-            self.teller = PlaceTeller(self.spec.label_folder, self.spec.role, self.spec.checkpoint_folder, live)
+            held = self.config.steps_in_hand(self.student)
+            log, checkpoints = map(self.storage.files, (self.spec.label_folder, self.spec.checkpoint_folder))
+            self.teller = PlaceTeller(log, self.spec.role, checkpoints, live, held)
         labels = self.config.labels
         may_drop = not of_this_run or (labels.max_bytes is not None and labels.when_full == "drop")
         return Follower(reader, self.world, may_drop, self._give_up)
@@ -126,25 +117,10 @@ class StudentRank(RoleRank):
         if self.teller is not None:
             self.teller.tell(step)
 
-    def _wait_for_log(self) -> bool:
-        """Until a teacher that is itself a student has begun; True if the run stopped before."""
-        if self.spec.teacher == TEACHER:
-            return False
-        first = LabelReader(self.spec.run_folder / "labels" / TEACHER, 0.0)
-        try:
-            while not (self.spec.label_folder / MANIFEST).exists():
-                first.poll()
-                if self._alone_and_stopping() or (first.ended is not None and first.ended.reason == STOPPED):
-                    return True
-                time.sleep(LOOK_S)
-        finally:
-            first.close()
-        return False
-
     def _open_own_log(self, start_step: int) -> None:
         """If the student teaches others."""
         if self.config.teaches(self.spec.role):
-            self.publisher = LabelPublisher(self.spec, self.world, self.corpus, start_step)
+            self.publisher = LabelPublisher(self.spec, self.storage, self.world, self.corpus, start_step)
             self.keep_log()
 
     def _end_own_log(self, stopped: bool) -> None:
@@ -160,8 +136,8 @@ class StudentRank(RoleRank):
     def _open_ledger(self) -> None:
         """On the lead: go on with the ledger where the checkpoint was made."""
         if self.world.is_lead:
-            self.ledger = Ledger(self.spec.run_folder, self.spec.role, self.spec.fence)
-            self.ledger.rewind(self.steps_made())
+            self.account.ledger = Ledger(self.storage.files(self.spec.run_folder), self.spec.role)
+            self.account.ledger.rewind(self.account.own_step, self.account.place)
 
     def auxiliary(self) -> Auxiliary | None:
         """An extra layer, or the regressor of a hint."""
@@ -169,59 +145,34 @@ class StudentRank(RoleRank):
 
     def save_checkpoint(self) -> None:
         """A checkpoint is never ahead of the ledger."""
-        if self.ledger is not None:
-            self.ledger.make_durable()
+        if self.account.ledger is not None:
+            self.account.ledger.make_durable()
         if self.publisher is not None:
             self.publisher.make_durable()
         super().save_checkpoint()
         if self.teller is not None:
             self.teller.saving(self.step)
 
-    def steps_made(self) -> int:
-        """Steps since the student's start."""
-        return 0 if self.start_step is None else self.step - self.start_step
-
     def samples_made(self) -> int:
-        """Without steps that were skipped."""
-        return self.consumed
+        """Without those that were skipped."""
+        return self.account.consumed
 
-    def _wait_for_start(self, log: Follower) -> bool:
-        """Follow the teacher's commits until it is time; True if the run stopped before."""
-        if self.start_step is not None:
-            return False
-        start = self.student.start
-        if start.lead is None:
-            first = log.newest_step() if start.now else start.step or 0
-            self._tell_place(first)
-            commit = log.wait_commit(first + 1)
-            if commit is None and first > 0 and log.finished:
-                raise LabelError(f"start is after step {first}, with which the log has ended; start earlier")
-            if commit is None:
-                return not log.finished
-            self.start_step = self.step = commit.step - 1
-            return False
-        fresh, step = None, 0
-        while True:
-            self._tell_place(step)
-            if fresh is None:
-                found = log.next(step + 1)
-                commit = None if found is None else found.commit
-                fresh = None if found is None else self.trainer.evaluate(_tokens(found.blocks))
-            else:
-                commit = log.wait_commit(step + 1)
-            if commit is None or fresh is None:  # a lead that was never reached is no stop
-                return not log.finished
-            step = commit.step
-            self.tracker.add(commit.cross_entropy, fresh)
-            if self.tracker.lead >= start.lead:
-                self.start_step = self.step = step
-                self.tracker = LeadTracker()
+    def _begin(self, log: Follower) -> bool:
+        """Wait for the start, unless it was before; False if it does not come."""
+        if self.account.start_step is None:
+            start = wait_for_start(self.student.start, log, self._tell_place, self.trainer.evaluate)
+            if start is None:
                 return False
+            self.account.begin(start)
+            self.step = start
+        return True
 
     def _learn(self, log: Follower) -> bool:
-        assert self.start_step is not None
-        self.tell_event("student_started", step=self.start_step, reason=self._start_reason())
-        self._open_own_log(self.start_step)
+        start_step = self.account.start_step
+        assert start_step is not None
+        self.tell_event("student_started", step=start_step, reason=start_reason(self.student.start))
+        self._open_own_log(start_step)
+        self.regrouper = Regrouper(self.spec.settings.batch_size, self.account.place)
         total, stopped = self.config.run.steps, False
         while self.step < total and not stopped:
             begin, before = time.perf_counter(), self.step
@@ -229,17 +180,19 @@ class StudentRank(RoleRank):
             if (vote := self.pause()) > 0:
                 return self.heed_vote(vote)
             asked = time.perf_counter()
+            wanted = self.regrouper.place.step
             max_lag = self.student.max_lag if self.student.backpressure == "skip" else None
-            found = log.next(self.step + 1, max_lag)
+            found = log.next(wanted, max_lag)
             if found is None:
                 return True
-            if self.publisher is not None and found.commit.step > self.step + 1:
+            if self.publisher is not None and found.commit.step > wanted:
                 raise LabelError(
-                    f"steps {self.step + 1} to {found.commit.step - 1} of {self.spec.teacher} are gone, and "
+                    f"steps {wanted} to {found.commit.step - 1} of {self.spec.teacher} are gone, and "
                     f"{self.spec.role}, which teaches others, cannot leave out any; give its teacher more room"
                 )
             log.reader.forget(found.commit.step)
-            stopped = self._learn_step(found, time.perf_counter() - asked)
+            self.waited_s += time.perf_counter() - asked
+            stopped = self._take_in(found)
             self.train_seconds += time.perf_counter() - begin
             saves = _passed(before, self.step, self.config.checkpoint.every_steps)
             if self.keeper is not None:
@@ -256,27 +209,36 @@ class StudentRank(RoleRank):
         self._tell_place(self.at)
         return super().asked()
 
-    def _learn_step(self, found: Next, waited_s: float) -> bool:
-        """One step on the teacher's batch of that step; True if the role was asked to stop."""
-        assert self.start_step is not None
-        commit, blocks, size, lag = found.commit, found.blocks, found.size_bytes, found.lag
-        before = self.step
-        self._count(commit, blocks, size, lag)
-        self.step = commit.step
-        own_step, own_steps = self.step - self.start_step, self.config.run.steps - self.start_step
+    def _take_in(self, found: Next) -> bool:
+        """A teacher step, and the batches that are full with it; True if the role was asked to stop."""
+        step = found.commit.step
+        for first, end, reason in found.skipped(self.regrouper.place.step):
+            self.account.skip(Place(end, 0), reason)
+            self.tell_event("steps_skipped", first_step=first, steps=end - first, reason=reason)
+        if step > self.regrouper.place.step:
+            self.regrouper.jump(Place(step, 0))
+        self.regrouper.put(piece_of(found, self.config.labels.temperature))
+        self.step = max(self.step, step)  # after a restart a batch may want samples of steps that were taken in before
+        votes = [self._learn_batch(batch) for batch in self.regrouper.batches(rest=step >= self.config.run.steps)]
+        return any(votes)
+
+    def _learn_batch(self, batch: Batch) -> bool:
+        """One step of its own; True if the role was asked to stop, which it does at the end of a teacher step."""
+        own_step, own_steps = self.account.step_of(batch), self.account.own_steps(self.config.run.steps)
         weight = distillation_weight(self.student.distill, self.tracker.lead, own_step, own_steps)
         temperature = self.config.labels.temperature
         distill = self.student.distill
-        labels = SampleLabels.cat([block.labels.at(temperature) for block in blocks])
-        taught = TaughtBatch(self.step, _tokens(blocks), np.concatenate([block.sample_ids_B for block in blocks]))
+        tokens_BS1, labels, weight_B = batch.filled(self.spec.settings.batch_size)
+        taught = TaughtBatch(self.step, tokens_BS1, batch.sample_ids)
         publisher, learner = self.publisher, self.learner
-        features = learner.tap(self.step, commit.samples, weight) if learner is not None else None
-        self.features_missed += learner is not None and features is None
+        features = learner.tap(self.step, batch.samples, weight) if learner is not None else None
+        self.account.features_missed += learner is not None and features is None
         result = self.trainer.step(
-            taught.tokens_BS1,
+            tokens_BS1,
             self.trainer.learning_rate(own_step, own_steps),
             Objective(weight, temperature, loss=distill.loss, beta=distill.beta),
             labels=labels,
+            weight_B=weight_B,
             wish=publisher.wish(self.step) if publisher is not None else None,
             sample_ids=taught.sample_ids_B if publisher is not None else None,
             on_labels=partial(publisher.append, taught) if publisher is not None else None,
@@ -287,73 +249,38 @@ class StudentRank(RoleRank):
         )
         if publisher is not None:
             publisher.commit(taught, result.cross_entropy)
-        self._note(own_step, before, found)
+        self.account.consume(batch)
         self.watch_pace(result)
-        self.tracker.add(commit.cross_entropy, result.cross_entropy)
+        self.tracker.add(batch.cross_entropy, result.cross_entropy)
         self.control.add(*result.tail_fit)
         loss = (1 - weight) * result.cross_entropy + weight * temperature**2 * result.divergence
         loss += weight * sum(distill.features.weights[name] * value for name, value in result.features.items())
+        waited_s, self.waited_s = self.waited_s, 0.0
         self.tell(
             self.step_metric(
                 result,
                 loss,
+                own_step=own_step,
                 distill_loss=result.divergence,
                 distill_weight=weight,
-                lag=lag,
+                lag=batch.lag,
                 lead=self.tracker.lead,
-                label_bytes=size,
+                label_bytes=batch.size_bytes,
                 label_wait_s=waited_s,
                 **{f"{name}_loss": value for name, value in result.features.items()},
             )
         )
         return self.heed(result)
 
-    def _note(self, own_step: int, before: int, found: Next) -> None:
-        """What became of the steps behind `before`, up to the one that was learned."""
-        step = found.commit.step
-        for first, end, reason in found.skipped(before + 1):
-            if self.ledger is not None:
-                self.ledger.note(own_step, Place(first, 0), Place(end, 0), "skipped", reason)
-            self.tell_event("steps_skipped", first_step=first, steps=end - first, reason=reason)
-        if self.ledger is not None:
-            self.ledger.note(own_step, Place(step, 0), Place(step + 1, 0), "consumed")
-
-    def _count(self, commit: Commit, blocks: list[LabelBlock], size: int, lag: int) -> None:
-        """Count what is learned, and what the order of steps shows to be missing or repeated."""
-        samples = sum(len(block.sample_ids_B) for block in blocks)
-        self.consumed += samples
-        self.skipped += max(0, commit.step - self.step - 1) * samples
-        self.repeated += samples if commit.step <= self.step else 0
-        self.max_lag = max(self.max_lag, lag)
-        self.label_bytes += size
-        self.label_tokens += sum(block.tokens_BS1.shape[0] * (block.tokens_BS1.shape[1] - 1) for block in blocks)
-
     def _accounting(self) -> dict[str, float]:
-        return {
-            "labels_consumed": self.consumed,
-            "labels_missed": self.skipped,
-            "labels_repeated": self.repeated,
-            "max_lag_steps": self.max_lag,
-            "label_bytes_per_token": self.label_bytes / max(1, self.label_tokens),
-        } | ({} if self.learner is None else {"features_missed": self.features_missed})
+        missed = {} if self.learner is None else {"features_missed": self.account.features_missed}
+        return self.account.report() | missed
 
     def _alone_and_stopping(self) -> bool:
         """A role of one rank may stop while it waits; one of many stops with a step, or when the log ends."""
         return self.layout.num_ranks == 1 and self.stopping.is_set()
 
-    def _start_reason(self) -> str:
-        start = self.student.start
-        if start.lead is not None:
-            return f"the teacher leads by {start.lead} nats"
-        if start.now:
-            return "from now on"
-        return f"start.step is {start.step}" if start.step else "with the teacher"
-
 
 def _passed(before: int, step: int, every: int) -> bool:
     """Whether a multiple of `every` was reached, or jumped over; never if that is 0."""
     return every > 0 and step // every > before // every
-
-
-def _tokens(blocks: list[LabelBlock]) -> np.ndarray:
-    return np.concatenate([block.tokens_BS1 for block in blocks])

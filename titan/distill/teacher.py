@@ -9,7 +9,7 @@ from titan.distill.log.records import FINISHED, STOPPED
 from titan.distill.publisher import LabelPublisher, TaughtBatch
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.role import RoleRank
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.platform.device import Platform
 from titan.train.trainer import LabelPart
 
@@ -28,7 +28,7 @@ class TeacherRank(RoleRank):
         A frozen teacher goes the same way and learns nothing.
         """
         if self.config.makes_labels:
-            self.publisher = LabelPublisher(self.spec, self.world, self.corpus, start_step=0)
+            self.publisher = LabelPublisher(self.spec, self.storage, self.world, self.corpus, start_step=0)
             self.keep_log()
         if (capture := sent_features(self.config)) is not None:
             self.sender = FeatureSender(self.config, capture, self.world, self.spec.own_label_folder)

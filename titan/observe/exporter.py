@@ -72,7 +72,7 @@ class RunCollector:
         self.recovery_s: dict[str, float] = {}
         self.stragglers: dict[str, set[int]] = defaultdict(set)
         self.start_s = time.time()
-        self._step_s: dict[int, float] = {}
+        self._step_s: dict[tuple[int, int | None], float] = {}
         """Of the leading role since the start, a step once."""
         self._leading = next(iter(self.rows))
         self._metrics, self._events = LinesTail(folder / METRICS), LinesTail(folder / EVENTS)
@@ -151,7 +151,7 @@ class RunCollector:
                 continue
             self._count(metric)
             if metric.role == self._leading and metric.time_s >= self.start_s:
-                self._step_s[metric.step] = metric.step_s
+                self._step_s[metric.step, metric.own_step] = metric.step_s
 
     def _count(self, metric: StepMetric) -> None:
         self.counts["titan_role_tokens"][metric.role] += metric.tokens

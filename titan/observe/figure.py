@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING
 
 from titan.config.settings import RunConfig
+from titan.observe.marks import Mark, draw_marks
 from titan.observe.metrics import Metric, StepMetric
 from titan.observe.progress import role_names
 from titan.observe.verdict import newest_evals
@@ -36,10 +37,13 @@ Curve = tuple[list[int], list[float]]
 """Steps and values."""
 
 
-def draw(config: RunConfig, metrics: Sequence[Metric], headline: str, sentence: str) -> bytes:
+def draw(
+    config: RunConfig, metrics: Sequence[Metric], headline: str, sentence: str, marks: Sequence[Mark] = ()
+) -> bytes:
     """The picture as PNG, 1400 x 900: training loss, held-out loss, lag and speed.
 
     headline: the first line of the title;  sentence: the verdict below it
+    marks:    where roles started again
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -57,14 +61,17 @@ def draw(config: RunConfig, metrics: Sequence[Metric], headline: str, sentence: 
         1, 3, width_ratios=(1.5, 0.9, 1.25), left=0.05, right=0.975, bottom=0.47, top=top, wspace=0.17
     )
     lower = figure.add_gridspec(1, 2, left=0.05, right=0.975, bottom=0.085, top=0.335, wspace=0.13)
+    colours = {role: style.colour for role, style in styles.items()}
+    loss = figure.add_subplot(upper[0] if last_step >= LEAST_STEPS_TO_ZOOM else upper[:2])
+    _draw_loss(loss, steps, styles, last_step)
+    draw_marks(loss, marks, colours)
     if last_step >= LEAST_STEPS_TO_ZOOM:
-        _draw_loss(figure.add_subplot(upper[0]), steps, styles, last_step)
         _draw_last_third(figure.add_subplot(upper[1]), steps, styles, last_step)
-    else:
-        _draw_loss(figure.add_subplot(upper[:2]), steps, styles, last_step)
     _draw_heldout(figure.add_subplot(upper[2]), config, metrics, styles)
     _draw_lag(figure.add_subplot(lower[0]), steps, styles, last_step)
-    _draw_speed(figure.add_subplot(lower[1]), steps, styles, last_step)
+    speed = figure.add_subplot(lower[1])
+    _draw_speed(speed, steps, styles, last_step)
+    draw_marks(speed, marks, colours, words=False)
     out = BytesIO()
     figure.savefig(out, format="png")
     return out.getvalue()

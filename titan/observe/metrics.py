@@ -38,6 +38,9 @@ class StepMetric:
     step_s: float
     """Seconds the step took."""
 
+    own_step: int | None = None
+    """Students: own steps since the start, those that a jump left out included. With a batch size of its own a student
+    may make several in a teacher step, or one in several."""
     distill_loss: float | None = None
     """Students: T^2 * KL(teacher || student), nats a token."""
     distill_weight: float | None = None
@@ -84,7 +87,8 @@ class EvalMetric:
 
 
 Metric = StepMetric | EvalMetric
-AXES = ("role", "step", "time_s")
+Key = tuple[str, str, int, int | None]
+AXES = ("role", "step", "own_step", "time_s")
 """Fields that say where and when, not how much."""
 KINDS: Mapping[str, type[StepMetric] | type[EvalMetric]] = {"step": StepMetric, "eval": EvalMetric}
 
@@ -110,9 +114,9 @@ class MetricsLog:
         """Append metrics, given as their lines, that are not there yet: a role was killed before it could tell them."""
         if not lines:
             return
-        there = {(metric.role, metric.kind, metric.step) for metric in read_metrics(self._folder)}
+        there = {_key(metric) for metric in read_metrics(self._folder)}
         for metric in (_from_record(json.loads(line), self._folder / FILE) for line in lines):
-            if (metric.role, metric.kind, metric.step) not in there:
+            if _key(metric) not in there:
                 self.write(metric)
 
     def close(self) -> None:
@@ -145,17 +149,17 @@ class MetricsLog:
 
 
 def read_metrics(folder: Path) -> list[Metric]:
-    """All metrics of a run, oldest first. Of two with the same role, kind and step, the later one counts.
+    """All metrics of a run, oldest first. Of two with the same role, kind, step and own step, the later one counts.
 
     A torn last line is left out. Raises RunError if `folder` is no run folder or a line is damaged.
     """
     require_run_folder(folder)
-    newest: dict[tuple[str, str, int], Metric] = {}
+    newest: dict[Key, Metric] = {}
     for record in read_lines(folder / FILE):
         metric = read_metric(record, folder)
         if metric is None:
             continue  # a newer version may say more
-        key = (metric.role, metric.kind, metric.step)
+        key = _key(metric)
         newest.pop(key, None)  # so that the order is that of the lines that count
         newest[key] = metric
     return list(newest.values())
@@ -164,6 +168,10 @@ def read_metrics(folder: Path) -> list[Metric]:
 def read_metric(record: Record, folder: Path) -> Metric | None:
     """The metric of a line of metrics.jsonl; None for a kind of a newer version. Raises RunError for other fields."""
     return _from_record(record, folder / FILE) if record.get("kind") in KINDS else None
+
+
+def _key(metric: Metric) -> Key:
+    return metric.role, metric.kind, metric.step, metric.own_step if isinstance(metric, StepMetric) else None
 
 
 def to_line(metric: Metric) -> str:

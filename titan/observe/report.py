@@ -14,6 +14,7 @@ from titan.observe import figure, words
 from titan.observe.events import event_text, event_time_s, read_events
 from titan.observe.files import Record, read_config, read_json, write_whole
 from titan.observe.heartbeat import read_beat
+from titan.observe.marks import marks_of
 from titan.observe.metrics import Metric, StepMetric, read_metrics
 from titan.observe.planned import PICTURE_FILE, Promise, promises
 from titan.observe.progress import role_names
@@ -67,7 +68,7 @@ def write_report(folder: Path) -> Path:
     )
     headline = f"{config.run.name}: {how_far}"
     sentences = verdict(config, metrics, finished)
-    picture = figure.draw(config, metrics, headline, " ".join(sentences[:2]))
+    picture = figure.draw(config, metrics, headline, " ".join(sentences[:2]), marks_of(events))
     write_whole(folder / "report.png", picture)
     report = Report(
         headline=headline,
@@ -162,7 +163,7 @@ def _student_records(config: RunConfig, metrics: Sequence[Metric], summary: Reco
         records.append(
             {
                 "role": student.name,
-                "consumed": _number(result.get("labels_consumed", len(steps) or None)),
+                "consumed": _number(result.get("labels_consumed", tokens // config.data.sequence_length or None)),
                 "missed": _number(result.get("labels_missed")),
                 "repeated": _number(result.get("labels_repeated")),
                 "max_lag": _number(result.get("max_lag_steps", max(lags, default=None))),
@@ -219,7 +220,7 @@ def _facts(config: RunConfig, summary: Record, this_part: Sequence[Record]) -> l
     started = next((event for event in this_part if event["event"] == "run_started"), {})
     facts = [
         ("seed", str(config.run.seed)),
-        ("batch", f"{config.data.batch_size} samples of {config.data.sequence_length} tokens, the same for every role"),
+        ("batch", _batches(config)),
         ("labels", _label_fact(config.labels)),
     ]
     if summary.get("wall_s") is not None:
@@ -228,6 +229,12 @@ def _facts(config: RunConfig, summary: Record, this_part: Sequence[Record]) -> l
         facts.append(("started", f"{_clock(started)} on {started.get('host', 'a host without a name')}"))
         facts.append(("version", str(started.get("version", "not told"))))
     return facts
+
+
+def _batches(config: RunConfig) -> str:
+    whole = f"{config.data.batch_size} samples of {config.data.sequence_length} tokens"
+    own = [f"{one.name} {one.batch_size} samples" for one in config.students if config.regroups(one)]
+    return f"{whole}; {', '.join(own)}" if own else f"{whole}, the same for every role"
 
 
 def _current_summary(folder: Path, this_part: Sequence[Record]) -> Record:

@@ -31,11 +31,11 @@ class RoleResult:
     steps: int
     """Optimizer steps taken."""
     labels_consumed: int | None = None
-    """Label blocks learned from."""
+    """Samples whose labels were learned."""
     labels_missed: int | None = None
-    """Label blocks of steps after the start that the student never saw."""
+    """Samples after the start that the student left out."""
     labels_repeated: int | None = None
-    """Label blocks the student learned from more than once."""
+    """Samples that it learned more than once."""
     max_lag_steps: int | None = None
     """Largest lag behind the teacher, steps."""
     label_bytes_per_token: float | None = None
@@ -104,7 +104,9 @@ def _comparison(student: StudentSettings, control: StudentSettings, bits: Mappin
         heldout_bits_per_byte_gain=gain,
         gap_to_teacher_closed=gain / gap if gain is not None and gap is not None and gap > 0 else None,
         differs_in=tuple(
-            name for name in ("optimizer", "precision", "start") if getattr(student, name) != getattr(control, name)
+            name
+            for name in ("optimizer", "batch_size", "precision", "start")
+            if getattr(student, name) != getattr(control, name)
         ),
     )
 

@@ -1,6 +1,7 @@
 """Layouts to fall back on when there is not room for the wanted one: the same model on fewer ranks."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from titan.config.check_layout import layout_mistakes
 from titan.config.model import LayoutSettings
@@ -16,7 +17,7 @@ def smaller_layouts(role: Role, data: DataSettings) -> list[LayoutSettings]:
     """
     found = []
     for candidate in _candidates(role.layout):
-        changed = Role(role.name, role.place, role.model, candidate, role.optimizer, role.precision)
+        changed = replace(role, layout=candidate)
         if candidate.ranks < role.layout.ranks and not any(layout_mistakes("", changed, data)):
             found.append(candidate)
     own = role.layout

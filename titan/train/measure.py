@@ -15,7 +15,7 @@ from torch import Tensor
 from titan.config.model import OptimizerSettings
 from titan.config.planning import BlockSettings, ShapeSettings, TaskSettings
 from titan.model.stage import gradient_buffer, rope_table
-from titan.ops.head import Objective
+from titan.ops.objective import Objective
 from titan.parallel.edge import Tensors
 from titan.parallel.link import LinkTime, measure_transport
 from titan.parallel.live_bytes import LiveBytes, kept_for_backward

@@ -12,8 +12,8 @@ from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings,
 from titan.model.auxiliary import Auxiliary
 from titan.model.capture import Capture
 from titan.model.stage import rope_table
-from titan.ops.head import Objective
 from titan.ops.label import TeacherSays
+from titan.ops.objective import Objective
 from titan.parallel.edge import Tensors
 from titan.parallel.executor import EdgeSpec, HeadStep, PipelineExecutor
 from titan.parallel.stage import build_stage
@@ -109,6 +109,7 @@ class Trainer:
         learning_rate: float,
         objective: Objective,
         labels: SampleLabels | None = None,
+        weight_B: np.ndarray | None = None,
         wish: LabelWish | None = None,
         sample_ids: np.ndarray | None = None,
         shrink: float = 1.0,
@@ -121,6 +122,7 @@ class Trainer:
 
         tokens: int [batch_size, S + 1], the same on every rank
         labels: of all samples; needed on the last stage when the objective has a weight for them
+        weight_B: 0 for samples that only fill the batch up; None for 1 throughout
         wish:   the labels to make, None for none
         sample_ids: int64 [batch_size]; needed where labels are drawn
         shrink, control: how far a label's draws correct its bucket, and against what (titan.ops.label.SparseLabels)
@@ -130,8 +132,9 @@ class Trainer:
         features: what to do with those of a layer, None for nothing
         """
         begin = time.perf_counter()
-        batches = self._micro_batches(tokens, np.ones(len(tokens)), labels, sample_ids)
-        count = tokens.shape[0] * (tokens.shape[1] - 1)
+        weight_B = np.ones(len(tokens)) if weight_B is None else weight_B
+        batches = self._micro_batches(tokens, weight_B, labels, sample_ids)
+        count = int(weight_B.sum()) * (tokens.shape[1] - 1)
         grad_scale = None if self.trained is None else self.trained.loss_scale / count
         sums, fit = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
         parts: list[LabelPart] = []

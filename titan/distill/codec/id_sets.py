@@ -40,7 +40,7 @@ def read_id_sets(tokens: int, id_bits: int, reader: BitReader) -> tuple[np.ndarr
     """Inverse of `write_id_sets`: int32 ids [E] and int64 counts [N]. Raises LabelError if they are damaged."""
     lower, parts = id_bits - upper_bits(id_bits), 1 << upper_bits(id_bits)
     some_N = reader.take(tokens, 1) > 0
-    entries, sets = int(reader.take_array((1,), "<u4")[0]), np.count_nonzero(some_N)
+    entries, sets = int(reader.take_array((1,), "<u4")[0]), int(np.count_nonzero(some_N))
     ones = np.flatnonzero(reader.take(entries + parts * sets, 1))
     if len(ones) != entries:
         raise LabelError(f"label data is damaged: {entries} ids have {len(ones)} marks")

@@ -6,14 +6,15 @@ Lines lie end to end: each begins where the one before ended. A checkpoint is ne
 the ledger goes back to the checkpoint.
 """
 
-import os
-from collections.abc import Iterator
+import io
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from titan.checkpoint.fence import Fence
-from titan.distill.log.records import decode_line, encode_line, write_all
+from titan.checkpoint.files import Files, files_of
+from titan.distill.log.records import decode_line, encode_line
 from titan.errors import LabelError
 
 LEDGER = "ledger"
@@ -50,17 +51,18 @@ def ledger_path(run_folder: Path, name: str) -> Path:
 class Ledger:
     """Appends to a student's ledger; the student's lead rank has it. A torn last line is cut off on opening."""
 
-    def __init__(self, run_folder: Path, name: str, fence: Fence | None = None):
-        """fence: asked before the file is changed; None where nobody else can write"""
-        self.path, self.fence = ledger_path(run_folder, name), fence
-        self._check_fence()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    def __init__(self, run: Path | Files, name: str, fence: Fence | None = None):
+        """run:  the run folder
+        fence: of a run given as a folder: asked before the file is changed; None where nobody else can write
+        """
+        self.files, self.name = files_of(run, fence), f"{LEDGER}/{name}.jsonl"
+        self.path = self.files.path / self.name
         self.size_bytes = 0
         self.last: Entry | None = None
-        for entry, end in _entries(self.path):
+        data = self._read()
+        for entry, end in _entries(io.BytesIO(data), self.path):
             self.last, self.size_bytes = entry, end
-        os.ftruncate(self.descriptor, self.size_bytes)
+        self.files.truncate(self.name, len(data), self.size_bytes)
 
     def note(self, own_step: int, start: Place, end: Place, kind: Kind, reason: str = "") -> None:
         """Append one line. `start` is where the line before ended. Raises LabelError on a full or failing disk."""
@@ -68,22 +70,22 @@ class Ledger:
         assert self.last is None or (self.last.end == start and self.last.own_step <= own_step), f"after {self.last}"
         entry = Entry(own_step, start, end, kind, reason)
         line = encode_line(_encode(entry))
-        self._check_fence()
         try:
-            write_all(self.descriptor, line)
+            self.files.append(self.name, self.size_bytes, line)
         except OSError as error:
             raise LabelError(f"cannot append to {self.path}: {error.strerror}; free space and resume") from error
         self.last = entry
         self.size_bytes += len(line)
 
-    def rewind(self, own_step: int) -> None:
+    def rewind(self, own_step: int, place: Place | None = None) -> None:
         """Forget what came after the checkpoint of an own step; 0 is the student's start.
 
+        place: the checkpoint's, where steps alone do not tell: what a jump skips may be less than a step
         Raises LabelError if the ledger does not reach the checkpoint.
         """
         kept_bytes, last = 0, None
-        for entry, end in _entries(self.path):
-            if entry.own_step > own_step:
+        for entry, end in _entries(io.BytesIO(self._read()), self.path):
+            if entry.own_step > own_step or (place is not None and entry.end > place):
                 break
             kept_bytes, last = end, entry
         reached = last.own_step if last else 0
@@ -92,21 +94,15 @@ class Ledger:
                 f"{self.path} ends at step {reached} of the student, before its checkpoint of step {own_step}; restore "
                 "it, or delete the student's checkpoints so that it begins again"
             )
-        self._check_fence()
-        os.ftruncate(self.descriptor, kept_bytes)
+        self.files.truncate(self.name, self.size_bytes, kept_bytes)
         self.size_bytes, self.last = kept_bytes, last
 
     def make_durable(self) -> None:
         """Force what was noted to disk; the student calls it before a checkpoint."""
-        os.fsync(self.descriptor)
+        self.files.sync(self.name)
 
-    def close(self) -> None:
-        """Close the file."""
-        os.close(self.descriptor)
-
-    def _check_fence(self) -> None:
-        if self.fence is not None:
-            self.fence.check()
+    def _read(self) -> bytes:
+        return self.files.read(self.name) or b""
 
 
 def read_ledger(path: Path) -> Iterator[Entry]:
@@ -114,22 +110,22 @@ def read_ledger(path: Path) -> Iterator[Entry]:
 
     Raises LabelError for a damaged line.
     """
-    for entry, _ in _entries(path):
-        yield entry
+    with open(path, "rb") as file:
+        for entry, _ in _entries(file, path):
+            yield entry
 
 
-def _entries(path: Path) -> Iterator[tuple[Entry, int]]:
+def _entries(lines: Iterable[bytes], path: Path) -> Iterator[tuple[Entry, int]]:
     """Entries with the offset behind each."""
     offset = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            record = decode_line(line)
-            if record is None:
-                raise LabelError(f"{path} is damaged at byte {offset}; restore it from a copy of the run")
-            offset += len(line)
-            yield _decode(record), offset
+    for line in lines:
+        if not line.endswith(b"\n"):
+            return
+        record = decode_line(line)
+        if record is None:
+            raise LabelError(f"{path} is damaged at byte {offset}; restore it from a copy of the run")
+        offset += len(line)
+        yield _decode(record), offset
 
 
 def _encode(entry: Entry) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from titan.checkpoint.files import Files, files_of
 from titan.config.settings import RunConfig
 from titan.data.corpus import Corpus
 from titan.errors import LabelError
@@ -65,7 +66,7 @@ _FOLLOW = tuple(name for name in _WHY if name not in ("start_step", "batch_size"
 
 
 def log_manifest(
-    config: RunConfig, corpus: Corpus, run_folder: Path, producer: str, start_step: int = 0, weights: str = ""
+    config: RunConfig, corpus: Corpus, run_folder: Path | Files, producer: str, start_step: int = 0, weights: str = ""
 ) -> LogManifest:
     """What a log of this run says of itself; weights: fingerprint of a frozen teacher's."""
     return LogManifest(
@@ -83,16 +84,21 @@ def log_manifest(
     )
 
 
-def run_id(run_folder: Path) -> str:
+def run_id(run_folder: Path | Files) -> str:
     """What tells runs apart: a hash of their settings; empty without any."""
-    own = run_folder / "config.toml"
-    return hashlib.sha256(own.read_bytes()).hexdigest()[:16] if own.exists() else ""
+    settings = files_of(run_folder).read("config.toml")
+    return "" if settings is None else hashlib.sha256(settings).hexdigest()[:16]
 
 
 def write_manifest(folder: Path, manifest: LogManifest) -> None:
     """Write log.json whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / MANIFEST, _encode(asdict(manifest)))
+    write_whole(folder / MANIFEST, encode_manifest(manifest))
+
+
+def encode_manifest(manifest: LogManifest) -> bytes:
+    """log.json, with a checksum of itself."""
+    return _encode(asdict(manifest))
 
 
 def read_manifest(folder: Path) -> LogManifest:

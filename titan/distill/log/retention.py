@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
+from titan.checkpoint.files import Files, files_of
 from titan.distill.log.index import read_index
 from titan.distill.log.records import decode_line, encode_line
 from titan.distill.log.segment import first_step_of, index_path, part_folder, parts_of, scan, segments_of
@@ -38,6 +39,8 @@ class Retention:
     """Drop steps that some reader still needs, wait for the readers, or stop the run."""
     room_bytes: int = 0
     """To be left free of `max_bytes`: what the next step will take."""
+    free_bytes: int = 0
+    """To be dropped whatever the size, as the disk is full."""
 
     def __post_init__(self) -> None:
         if self.keep == "all" and self.max_bytes is not None and self.when_full == "wait":
@@ -68,15 +71,14 @@ class _Segment:
     size_bytes: int
 
 
-def write_place(folder: Path, reader: str, step: int) -> None:
+def write_place(folder: Path | Files, reader: str, step: int) -> None:
     """Say that a reader's checkpoint has everything up to a step; it will not ask for it again."""
-    (folder / READERS).mkdir(parents=True, exist_ok=True)
-    write_whole(folder / READERS / f"{reader}.json", encode_line({"step": step, "time_s": time.time()}))
+    files_of(folder).write(f"{READERS}/{reader}.json", encode_line({"step": step, "time_s": time.time()}))
 
 
-def remove_place(folder: Path, reader: str) -> None:
+def remove_place(folder: Path | Files, reader: str) -> None:
     """Say that a reader has left and holds nothing back."""
-    (folder / READERS / f"{reader}.json").unlink(missing_ok=True)
+    files_of(folder).remove(f"{READERS}/{reader}.json")
 
 
 def read_places(folder: Path) -> dict[str, int]:
@@ -95,12 +97,9 @@ def first_kept(folder: Path) -> int:
     return int(_read_line(path)["first_step"]) if path.exists() else 0
 
 
-def write_position(folder: Path, reader: str, step: int) -> None:
+def write_position(folder: Path | Files, reader: str, step: int) -> None:
     """Say that a reader has learned a step, in a checkpoint or not. Nothing is lost with it, so it is not durable."""
-    (folder / READERS).mkdir(parents=True, exist_ok=True)
-    draft = folder / READERS / f".{reader}.at.{os.getpid()}.tmp"
-    draft.write_bytes(b"%d\n" % step)
-    draft.replace(folder / READERS / f"{reader}.at")
+    files_of(folder).write(f"{READERS}/{reader}.at", b"%d\n" % step, durable=False)
 
 
 def read_position(folder: Path, reader: str) -> int | None:
@@ -145,6 +144,7 @@ def retain(folder: Path, retention: Retention, expected: Mapping[str, int] = NOB
     if retention.keep == "needed" and places:
         first, dropped = _drop(folder, segments, min(min(places.values()) + 1, newest), first)
     over = 0 if retention.max_bytes is None else size - dropped + retention.room_bytes - retention.max_bytes
+    over = max(over, retention.free_bytes - dropped)
     rest = [segment for segment in segments if segment.path.exists()]
     if over <= 0 or retention.when_full == "wait":
         could_shrink = any(segment.last_step < newest for segment in rest)

@@ -22,16 +22,16 @@ LOOK_S = 0.02
 class FlightLabelReader:
     """Reads steps in order and waits at the end of the log; its methods are those of `LabelReader`.
 
-    address_file: where the service writes its address; read again whenever the service cannot be reached
-    timeout_s:    no wait without news is longer
-    credits:      steps fetched ahead; memory is at most so many steps of labels
+    address:   where the service writes its address, read again whenever it cannot be reached; or the address itself
+    timeout_s: no wait without news is longer
+    credits:   steps fetched ahead; memory is at most so many steps of labels
     """
 
-    def __init__(self, address_file: Path, token: str, producer: str, timeout_s: float, credits: int = 4):
+    def __init__(self, address: Path | str, token: str, producer: str, timeout_s: float, credits: int = 4):
         check_producer(producer)
         assert credits > 0
         self.producer, self.timeout_s = producer, timeout_s
-        self.connection = Connection(address_file, token)
+        self.connection = Connection(address, token)
         self.ahead = Prefetcher(self.connection, producer, timeout_s, credits)
 
     @property

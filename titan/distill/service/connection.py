@@ -16,6 +16,8 @@ import pyarrow.flight as flight
 
 from titan.distill.service.protocol import (
     DONE,
+    OVERTAKEN,
+    SYSTEM,
     FeatureTicket,
     LabelTicket,
     Note,
@@ -24,7 +26,7 @@ from titan.distill.service.protocol import (
     read_address,
     unpack_note,
 )
-from titan.errors import LabelError
+from titan.errors import LabelError, OvertakenError
 
 FIRST_STALL_S = 2.0
 """What a call gets at first; twice as much after each try that brought nothing."""
@@ -54,8 +56,11 @@ class WaitedError(LabelError):
 class Connection:
     """Calls of one client; they may come from several threads."""
 
-    def __init__(self, address_file: Path, token: str):
-        self.address_file, self.authorization = address_file, f"Bearer {token}"
+    def __init__(self, address: Path | str, token: str, name: str = "the label service"):
+        """address: the file that the service writes its address to, or the address, `grpc+tcp://HOST:PORT`
+        name:    for words
+        """
+        self.address, self.authorization, self.name = address, f"Bearer {token}", name
         self.lock = threading.Lock()
         self.location: str | None = None
         """Where it is connected to."""
@@ -80,7 +85,7 @@ class Connection:
             if self.accepted:  # an old address: another run's service may have got the port
                 raise Unreachable(f"{where} does not know this run") from None
             raise LabelError(
-                f"{where} refuses the token of this run; is {self.address_file} this run's, and the token the one "
+                f"{where} refuses the token of this run; is {self.address} this run's, and the token the one "
                 "that its service was started with?"
             ) from None
         except _PASSING as error:
@@ -124,17 +129,25 @@ class Connection:
                 blocks = []
 
     def act(self, name: str, body: bytes, timeout_s: float) -> bytes:
-        """The answer to one action. Raises as `call` does, and LabelError if the service says that it cannot."""
+        """The answer to one action. Raises as `call` does, and LabelError if the service says that it cannot; from a
+        run's home also OvertakenError, and what its system says as OSError.
+        """
         with self.call(timeout_s) as (client, options):
             results = list(client.do_action(flight.Action(name, body), options))
         answer = b"".join(result.body.to_pybytes() for result in results)
-        if answer[:1] != DONE:
-            raise LabelError(answer[1:].decode())
-        return answer[1:]
+        kind, rest = answer[:1], answer[1:]
+        if kind == DONE:
+            return rest
+        if kind == OVERTAKEN:
+            raise OvertakenError(rest.decode())
+        if kind == SYSTEM:
+            number, file, reason = rest.decode().split("\n", 2)
+            raise OSError(int(number), f"{reason} (on {self.location})", file)
+        raise LabelError(rest.decode())
 
     def describe(self) -> str:
         """The service in words."""
-        return f"the label service at {self.location}" if self.location else f"the label service of {self.address_file}"
+        return f"{self.name} at {self.location}" if self.location else f"{self.name} of {self.address}"
 
     def drop(self, client: flight.FlightClient | None = None) -> None:
         """Close the connection, if it is still this one; the next call makes another."""
@@ -147,9 +160,9 @@ class Connection:
     def _connect(self) -> flight.FlightClient:
         with self.lock:
             if self.client is None:
-                self.location = read_address(self.address_file)
+                self.location = self.address if isinstance(self.address, str) else read_address(self.address)
                 if self.location is None:
-                    raise Unreachable(f"there is no address of a label service in {self.address_file}")
+                    raise Unreachable(f"there is no address of a label service in {self.address}")
                 self.client = flight.FlightClient(self.location, generic_options=_CHANNEL)
             return self.client
 

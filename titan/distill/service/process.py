@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from titan.distill.service.protocol import read_address
@@ -21,6 +22,7 @@ class ServiceProcess:
     labels_folder: RUN/labels;  address_file: written by the service as soon as it listens; what it says
                    goes to a file beside it with the suffix .log
     token:         given to the service through a pipe, never on a command line or in a log
+    home:          folders of the run by name, if ranks elsewhere read and write them through the service
     advertise:     name of this host for readers elsewhere, if `host` is not one, as 0.0.0.0 is none
     Raises LabelError if it does not come up, with what it said.
     """
@@ -34,11 +36,13 @@ class ServiceProcess:
         port: int = 0,
         advertise: str | None = None,
         start_s: float = START_S,
+        home: Mapping[str, Path] | None = None,
     ):
         address_file.unlink(missing_ok=True)
         command = [sys.executable, "-m", "titan.distill.service.server", "--parent", str(os.getpid())]
         command += ["--labels", str(labels_folder), "--address-file", str(address_file)]
         command += ["--host", host, "--port", str(port), *(["--advertise", advertise] if advertise else [])]
+        command += [part for name, folder in (home or {}).items() for part in ("--home", f"{name}={folder}")]
         said = address_file.with_suffix(".log")
         with open(said, "wb") as log:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)

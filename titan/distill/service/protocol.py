@@ -20,10 +20,15 @@ from titan.observe.files import write_whole
 
 BLOCK_SCHEMA = pa.schema([("block", pa.large_binary())])
 """One column: header and payload of a block."""
-DONE, REFUSED = b"+", b"-"
-"""First byte of an action's answer; what follows a refusal is its reason."""
+DONE, REFUSED, OVERTAKEN, SYSTEM = b"+", b"-", b"^", b"/"
+"""First byte of an action's answer. What follows is the answer, or a reason; of the system's: number, file, reason."""
 HEALTH_ACTION, STATS_ACTION, MANIFEST_ACTION = "health", "stats", "manifest"
-PUT_MANIFEST_ACTION, REOPEN_ACTION = "put_manifest", "reopen"
+PUT_MANIFEST_ACTION, REOPEN_ACTION, SYNC_ACTION = "put_manifest", "reopen", "sync"
+HOME_ACTION = "home"
+RUN = "run"
+"""What the run folder is called among the folders of its home."""
+CHECKSUM = struct.Struct("<I")
+"""CRC-32 in front of bytes of a file."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _Message = TypeVar("_Message", bound="LabelTicket | FeatureTicket | ReplicaTicket | Receipt")
 _OFFSETS = struct.Struct("<qq")
@@ -89,6 +94,11 @@ class ReplicaTicket:
     """A line of commits.jsonl as it is, in place of a block."""
     durable: bool = False
     """Force it to the disk before the receipt, and with it what came before for this producer and part."""
+    generation: int = 0
+    generation_id: str = ""
+    """Of the producer, where the copy is the log itself, at the run's home."""
+    segment_bytes: int | None = None
+    """Size of a segment there; None for the usual."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +106,8 @@ class Receipt:
     """The service has written what came, unless it says why not."""
 
     error: str | None = None
+    overtaken: bool = False
+    """Why not: another generation of the producer has taken over."""
 
 
 @dataclass(frozen=True)
@@ -197,11 +209,16 @@ def write_address(path: Path, host: str, port: int) -> None:
     write_whole(path, json.dumps({"host": host, "port": port}).encode() + b"\n")
 
 
+def location(host: str, port: int) -> str:
+    """Flight location of a service."""
+    return f"grpc+tcp://{host}:{port}"
+
+
 def read_address(path: Path) -> str | None:
     """Flight location of the service; None while there is no such file. Raises LabelError if it is damaged."""
     try:
         fields: Mapping[str, Any] = json.loads(path.read_bytes())
-        return f"grpc+tcp://{fields['host']}:{int(fields['port'])}"
+        return location(fields["host"], int(fields["port"]))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError):

@@ -1,10 +1,11 @@
-"""Writing the second copy of a log, on another node, before a step is committed."""
+"""Writing a log on another node before a step is committed: a second copy, or at the run's home the log itself."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow.flight as flight
 
+from titan.checkpoint.fence import Generation
 from titan.distill.log.manifest import MANIFEST
 from titan.distill.log.records import Commit, CommitCursor, End, encode_record
 from titan.distill.log.retention import first_kept
@@ -14,6 +15,8 @@ from titan.distill.service.protocol import (
     BLOCK_SCHEMA,
     PUT_MANIFEST_ACTION,
     REOPEN_ACTION,
+    SYNC_ACTION,
+    LabelTicket,
     Receipt,
     ReplicaTicket,
     block_batch,
@@ -21,7 +24,7 @@ from titan.distill.service.protocol import (
     pack,
     unpack,
 )
-from titan.errors import LabelError
+from titan.errors import LabelError, OvertakenError
 
 
 class ReplicaWriter:
@@ -30,10 +33,41 @@ class ReplicaWriter:
     A call that lost its receipt is made again, for up to `timeout_s`; what arrives twice is written once.
     """
 
-    def __init__(self, address_file: Path, token: str, producer: str, part: int, timeout_s: float):
+    def __init__(
+        self,
+        address: Path | str,
+        token: str,
+        producer: str,
+        part: int,
+        timeout_s: float,
+        generation: Generation | None = None,
+        segment_bytes: int | None = None,
+    ):
+        """address: the file with the service's address, or the address
+        generation: of the producer, at the run's home, which writes for the newest alone
+        """
         check_producer(producer)
-        self.connection = Connection(address_file, token)
+        self.connection = Connection(address, token, "the label service" if generation is None else "the run's home")
         self.producer, self.part, self.timeout_s = producer, part, timeout_s
+        self.generation, self.segment_bytes = generation or Generation(0, ""), segment_bytes
+        self.what = "a second copy" if generation is None else "the labels"
+
+    def last_committed(self) -> int:
+        """The last step that is readable there; 0 while there is none."""
+
+        def attempt(stall_s: float) -> int:
+            last = 0
+            for note, _ in self.connection.labels(LabelTicket(self.producer, 0, credits=0), stall_s):
+                last = note.state.last_committed
+            return last
+
+        return patiently(attempt, self.timeout_s, f"the state of the labels of {self.producer}")
+
+    def make_durable(self) -> None:
+        """Have what was sent forced to disk."""
+        wanted = f"{self.what} of {self.producer} to be on the disk"
+        body = self.producer.encode()
+        patiently(lambda stall_s: self.connection.act(SYNC_ACTION, body, stall_s), self.timeout_s, wanted)
 
     def reopen(self) -> int:
         """Have what was not committed cut off there; the last committed step. Before the producer writes (again)."""
@@ -58,23 +92,27 @@ class ReplicaWriter:
         durable: have it forced to disk there
         Raises LabelError on a full or failing disk there, or when there was no receipt for `timeout_s`.
         """
-        self._send(ReplicaTicket(self.producer, self.part, durable=durable), block, f"a second copy of step {step}")
+        self._send(self._ticket(None, durable), block, f"{self.what} of step {step} to be written")
         return len(block)
 
     def commit(self, commit: Commit, durable: bool = False) -> None:
         """Make a step readable there, once all its parts have been sent."""
-        self._line(commit, f"a second copy of the commit of step {commit.step}", durable)
+        self._line(commit, f"{self.what} of step {commit.step} to be committed", durable)
 
     def end(self, reason: str) -> None:
         """Say that no more steps will come."""
-        self._line(End(reason), "a second copy of the log's end", False)
+        self._line(End(reason), f"{self.what} of {self.producer} to be ended", False)
 
     def close(self) -> None:
         """Close the connection."""
         self.connection.drop()
 
     def _line(self, record: Commit | End, wanted: str, durable: bool) -> None:
-        self._send(ReplicaTicket(self.producer, self.part, encode_record(record).decode(), durable), None, wanted)
+        self._send(self._ticket(encode_record(record).decode(), durable), None, wanted)
+
+    def _ticket(self, line: str | None, durable: bool) -> ReplicaTicket:
+        who = self.generation
+        return ReplicaTicket(self.producer, self.part, line, durable, who.number, who.id, self.segment_bytes)
 
     def _send(self, ticket: ReplicaTicket, block: bytes | None, wanted: str) -> None:
         def attempt(stall_s: float) -> Receipt:
@@ -91,17 +129,19 @@ class ReplicaWriter:
                 return unpack(answer.to_pybytes(), Receipt)
 
         receipt = patiently(attempt, self.timeout_s, wanted)
+        if receipt.overtaken:
+            raise OvertakenError(receipt.error)
         if receipt.error is not None:
-            raise LabelError(f"{self.connection.describe()} keeps no second copy: {receipt.error}")
+            raise LabelError(f"{self.connection.describe()} does not take {wanted}: {receipt.error}")
 
 
-def bring_up(folder: Path, address_file: Path, token: str, producer: str, timeout_s: float) -> int:
+def bring_up(folder: Path, address: Path | str, token: str, producer: str, timeout_s: float) -> int:
     """Make the second copy of a log that nobody writes what the log is; returns the steps that were copied.
 
     Call it before a producer starts or resumes, after the log itself was repaired (`reopen`).
     Raises LabelError if the copy has steps that the log lacks, or lacks some that the log has dropped.
     """
-    writer = ReplicaWriter(address_file, token, producer, 0, timeout_s)
+    writer = ReplicaWriter(address, token, producer, 0, timeout_s)
     try:
         there, cursor = writer.reopen(), CommitCursor(folder)
         writer.manifest((folder / MANIFEST).read_bytes())

@@ -1,4 +1,6 @@
-"""The second copy of a log, as the service of another node keeps it: same files, same rules, the first write wins.
+"""A log that is written on another node, as the service keeps it: same files, same rules, the first write wins.
+
+It is a second copy or, at the run's home, the log itself; there only the newest generation of a role may write.
 
 What arrives twice, because its receipt was lost with the connection, is written once. What a kill tore is cut off when
 the part is opened again, so a receipt means: this is here, whole, and stays.
@@ -7,10 +9,12 @@ the part is opened again, so a receipt means: this is here, whole, and stays.
 import os
 import threading
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from titan.checkpoint.fence import Fence
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader
 from titan.distill.log.index import repair_index
 from titan.distill.log.manifest import MANIFEST
@@ -26,18 +30,27 @@ from titan.observe.files import write_whole
 class ReplicaStore:
     """Replicated logs below a folder. Calls may come from several threads; those of one log wait for each other."""
 
-    def __init__(self, labels_folder: Path, segment_bytes: int = SEGMENT_BYTES):
-        self.labels_folder, self.segment_bytes = labels_folder, segment_bytes
+    def __init__(
+        self,
+        labels_folder: Path,
+        segment_bytes: int = SEGMENT_BYTES,
+        fence_of: Callable[[str, int, str], Fence] | None = None,
+    ):
+        """fence_of: at the run's home: what a generation of a role has to show before it writes"""
+        self.labels_folder, self.segment_bytes, self.fence_of = labels_folder, segment_bytes, fence_of
         self.lock = threading.Lock()
         self.logs: dict[str, _ReplicaLog] = {}
 
     def append(self, ticket: ReplicaTicket, block: bytes) -> None:
-        """Write one message unless it is there already. Raises LabelError if it cannot be, or does not fit."""
-        with self.lock:
-            log = self.logs.setdefault(
-                ticket.producer, _ReplicaLog(self.labels_folder / ticket.producer, self.segment_bytes)
-            )
+        """Write one message unless it is there already. Raises LabelError if it cannot be, or does not fit;
+        OvertakenError of a generation that has been given up.
+        """
+        log = self._log(ticket.producer)
         with log.lock:
+            if self.fence_of is not None:
+                fence = self.fence_of(ticket.producer, ticket.generation, ticket.generation_id)
+                fence.check()
+                log.begin(fence.mine.id, ticket.segment_bytes or self.segment_bytes)
             if ticket.line is None:
                 log.append_block(ticket.part, block, ticket.durable)
             else:
@@ -53,15 +66,19 @@ class ReplicaStore:
             log.close()
             return reopen(log.folder)
 
+    def sync(self, producer: str) -> None:
+        """Force what was written to disk."""
+        log = self._log(producer)
+        with log.lock:
+            log.make_durable()
+
     def put_manifest(self, producer: str, data: bytes) -> None:
         """Write log.json. Raises LabelError if there is another."""
         folder = self.labels_folder / producer
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / MANIFEST
         if path.exists() and path.read_bytes() != data:
-            raise LabelError(
-                f"{path} is of another log than the one that is replicated; give the replica a folder of its own"
-            )
+            raise LabelError(f"{path} is of another log than the one that is sent; give that a folder of its own")
         write_whole(path, data)
 
     def close(self) -> None:
@@ -86,6 +103,13 @@ class _ReplicaLog:
         self.parts: dict[int, _ReplicaPart] = {}
         self.commits: CommitWriter | None = None
         self.has_ended = False
+        self.generation = ""
+
+    def begin(self, generation: str, segment_bytes: int) -> None:
+        """Before each write: whatever is known of the files is out of date once another generation writes."""
+        if generation != self.generation:
+            self.close()
+            self.generation, self.segment_bytes = generation, segment_bytes
 
     def append_block(self, part: int, block: bytes, durable: bool) -> None:
         place = self._part(part)
@@ -114,6 +138,12 @@ class _ReplicaLog:
             self._check(record, self.commits.committed)
             self.commits.commit(record)
         if durable:
+            self.commits.make_durable()
+
+    def make_durable(self) -> None:
+        for part in self.parts.values():
+            part.writer.make_durable()
+        if self.commits is not None:
             self.commits.make_durable()
 
     def close(self) -> None:

@@ -2,9 +2,10 @@
 
     python -m titan.distill.service.server --labels RUN/labels --address-file RUN/label_service.json < TOKEN
 
-It serves windows of any producer's log (`streams.py`), features out of a ring, and keeps second copies of logs that
-other nodes write (`replica_store.py`). It knows nothing of its readers: one that hangs holds a thread and one block
-until the deadline that came with its call, and costs the others nothing.
+It serves windows of any producer's log (`streams.py`), features out of a ring, keeps logs that other nodes write
+(`replica_store.py`), and may be the home of a run, whose folder other hosts do not see (`home_store.py`). It knows
+nothing of its readers: one that hangs holds a thread and one block until the deadline that came with its call, and
+costs the others nothing.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,15 +26,21 @@ import pyarrow.flight as flight
 from titan.distill.log.manifest import MANIFEST
 from titan.distill.log.ring import FeatureRing
 from titan.distill.service.connection import AUTHORIZATION
+from titan.distill.service.home_store import HomeStore
 from titan.distill.service.protocol import (
     BLOCK_SCHEMA,
     DONE,
     HEALTH_ACTION,
+    HOME_ACTION,
     MANIFEST_ACTION,
+    OVERTAKEN,
     PUT_MANIFEST_ACTION,
     REFUSED,
     REOPEN_ACTION,
+    RUN,
     STATS_ACTION,
+    SYNC_ACTION,
+    SYSTEM,
     FeatureTicket,
     LabelTicket,
     LogState,
@@ -51,7 +58,7 @@ from titan.distill.service.protocol import (
 )
 from titan.distill.service.replica_store import ReplicaStore
 from titan.distill.service.streams import Cursors, Message, Traffic, label_stream
-from titan.errors import LabelError, TitanError
+from titan.errors import LabelError, OvertakenError, RunError, TitanError
 
 NOTHING = LogState(0, 0, None)
 LOCALHOST = "127.0.0.1"
@@ -80,15 +87,24 @@ class LabelService(flight.FlightServerBase):  # type: ignore[misc]
     """The running server; it listens from its construction to `close`.
 
     port: 0 for any that is free; the attribute `port` says which
+    home: folders of the run, by name, that ranks on hosts without shared storage read and write (`home.py`)
     """
 
     def __init__(
-        self, labels_folder: Path, token: str, host: str = LOCALHOST, port: int = 0, max_streams: int = MAX_STREAMS
+        self,
+        labels_folder: Path,
+        token: str,
+        host: str = LOCALHOST,
+        port: int = 0,
+        max_streams: int = MAX_STREAMS,
+        home: Mapping[str, Path] | None = None,
     ):
         if not token:
             raise LabelError("the label service needs a token, got an empty one; use the run's")
         self.labels_folder = labels_folder
-        self.cursors, self.replicas, self.traffic = Cursors(labels_folder), ReplicaStore(labels_folder), Traffic()
+        self.home = None if home is None else HomeStore(home[RUN], home)
+        self.cursors, self.traffic = Cursors(labels_folder), Traffic()
+        self.replicas = ReplicaStore(labels_folder, fence_of=None if self.home is None else self.home.fence)
         self.begun = time.monotonic()
         self.stopping = threading.Event()
         self.places, self.max_streams, self.num_streams = threading.Lock(), max_streams, 0
@@ -128,17 +144,23 @@ class LabelService(flight.FlightServerBase):  # type: ignore[misc]
                 blocks = [block for chunk in reader for block in blocks_of(chunk.data)]
                 self.replicas.append(ticket, bytes(blocks[0]) if blocks else b"")
                 receipt = Receipt()
-            except LabelError as error:
-                receipt = Receipt(str(error))
+            except (LabelError, OvertakenError) as error:
+                receipt = Receipt(str(error), isinstance(error, OvertakenError))
             writer.write(pack(receipt))
 
     def do_action(self, context: flight.ServerCallContext, action: flight.Action) -> list[bytes]:
-        """`health`, `stats`, `manifest` and `reopen` (body: producer), `put_manifest` (producer, newline, log.json)."""
+        """`health`, `stats`, `manifest`, `reopen` and `sync` (body: producer), `put_manifest` (producer, newline,
+        log.json), `home` (a call of `home.py`).
+        """
         body = b"" if action.body is None else action.body.to_pybytes()
         try:
             return [DONE + self._act(action.type, body)]
-        except LabelError as error:
+        except OvertakenError as error:
+            return [OVERTAKEN + str(error).encode()]
+        except (LabelError, RunError) as error:
             return [REFUSED + str(error).encode()]
+        except OSError as error:
+            return [SYSTEM + f"{error.errno or 0}\n{error.filename or ''}\n{error.strerror or error}".encode()]
 
     def stats(self) -> dict[str, object]:
         """What the service did and does, and how far each log is."""
@@ -184,6 +206,12 @@ class LabelService(flight.FlightServerBase):  # type: ignore[misc]
         if name == REOPEN_ACTION:
             check_producer(body.decode())
             return str(self.replicas.reopen(body.decode())).encode()
+        if name == SYNC_ACTION:
+            check_producer(body.decode())
+            self.replicas.sync(body.decode())
+            return b""
+        if name == HOME_ACTION and self.home is not None:
+            return self.home.answer(body)
         raise LabelError(f"the label service has no action {name!r}; do versions differ?")
 
     def _features(self, ticket: FeatureTicket, unwanted: Callable[[], bool]) -> Iterator[Message]:
@@ -214,10 +242,12 @@ class LabelService(flight.FlightServerBase):  # type: ignore[misc]
                 self.num_streams -= 1
 
 
-def serve(labels_folder: Path, token: str, host: str = LOCALHOST, port: int = 0) -> LabelService:
+def serve(
+    labels_folder: Path, token: str, host: str = LOCALHOST, port: int = 0, home: Mapping[str, Path] | None = None
+) -> LabelService:
     """A running service; `port` says where it listens. Raises LabelError if it cannot."""
     try:
-        return LabelService(labels_folder, token, host, port)
+        return LabelService(labels_folder, token, host, port, home=home)
     except (OSError, flight.FlightError, pa.ArrowException) as error:
         raise LabelError(
             f"the label service cannot listen on {host}:{port} ({str(error).partition(chr(10))[0]}); set a host of "
@@ -233,13 +263,15 @@ def main() -> int:
     parser.add_argument("--host", default=LOCALHOST, help="address to listen on")
     parser.add_argument("--advertise", help="name of this host for readers elsewhere; by default --host")
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--home", action="append", metavar="NAME=FOLDER", help="folders of the run, if it is its home")
     parser.add_argument("--parent", type=int, help="end when this process is no longer the parent")
     asked = parser.parse_args()
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
     try:
-        service = serve(asked.labels, sys.stdin.readline().strip(), asked.host, asked.port)
+        home = {name: Path(folder) for name, _, folder in (one.partition("=") for one in asked.home or ())} or None
+        service = serve(asked.labels, sys.stdin.readline().strip(), asked.host, asked.port, home)
         write_address(asked.address_file, asked.advertise or asked.host, service.port)
     except TitanError as error:
         print(error, file=sys.stderr)

@@ -1,8 +1,9 @@
 """One inventory for teacher, assistant and students: who gets which devices, so that the slowest role is fast.
 
-All roles take a step for every step of the teacher, so a whole run takes its steps times the seconds of the slowest
-role. With few devices every way to share them is tried. With many, students get the least that keeps pace with the
-teacher, again and again as the teacher's pace on what is left changes.
+All roles go through the samples of the teacher's steps, so a whole run takes its steps times the seconds that the
+slowest role has for the samples of one: a step, or more or less of a student with a batch size of its own. With few
+devices every way to share them is tried. With many, students get the least that keeps pace with the teacher, again and
+again as the teacher's pace on what is left changes.
 """
 
 import itertools
@@ -16,11 +17,11 @@ from titan.config.planning import SearchSettings
 from titan.config.settings import TEACHER
 from titan.errors import ConfigError
 from titan.plan.cost import Costs
-from titan.plan.search.bound import combos
 from titan.plan.search.choices import problems
+from titan.plan.search.joint_bound import device_seconds, lone_bound_s, own_steps, shared_bound_s
 from titan.plan.search.role import RolePlan, plan_role
 from titan.plan.search.settle import best_layout
-from titan.plan.search.work import every_bound_s, kind_rates, work_bound_s
+from titan.plan.search.work import every_bound_s, work_bound_s
 
 MOST_SHARES = 48
 """Different numbers of devices by kind up to which every way to share them is tried."""
@@ -36,11 +37,12 @@ Devices = tuple[int, ...]
 class JointPlan(Mapping[str, RolePlan]):
     """A plan for every role."""
 
-    def __init__(self, roles: Mapping[str, RolePlan], bound_step_s: float):
-        """bound_step_s: no 1F1B layouts of stages of one kind that share these devices have a slowest role that is
+    def __init__(self, roles: Mapping[str, RolePlan], bound_step_s: float, steps: Mapping[str, float]):
+        """steps: of each role, in a step of the leading one
+        bound_step_s: no 1F1B layouts of stages of one kind that share these devices have a slowest role that is
         faster; where a role is interleaved, none under any schedule; where one has mixed stages, none at all
         """
-        self.roles, self.bound_step_s = dict(roles), bound_step_s
+        self.roles, self.bound_step_s, self.steps = dict(roles), bound_step_s, steps
 
     def __getitem__(self, role: str) -> RolePlan:
         return self.roles[role]
@@ -53,8 +55,8 @@ class JointPlan(Mapping[str, RolePlan]):
 
     @property
     def step_s(self) -> float:
-        """Of the slowest role: the pace of the whole run."""
-        return max(plan.step_s for plan in self.roles.values())
+        """Of the leading role, if it keeps the pace of the slowest: that of the whole run."""
+        return max(plan.step_s * self.steps[role] for role, plan in self.roles.items())
 
     @property
     def gap(self) -> float:
@@ -82,22 +84,26 @@ def plan_jointly(roles: Mapping[str, Costs], search: SearchSettings) -> JointPla
     if len(roles) == 1:
         ((role, costs),) = roles.items()
         plan = plan_role(costs, search)
-        return JointPlan({role: plan}, plan.bound_step_s)
+        return JointPlan({role: plan}, plan.bound_step_s, {role: 1.0})
+    steps = own_steps(roles)
     few = math.prod(kind.devices + 1 for kind in fleet.kinds.values()) <= MOST_SHARES
     if few:
         shares, bound_s = _every_way(roles, search)
     else:
         shares = _by_pace(roles, search)
-        bound_s = max(shared_bound_s(roles, search), *(lone_bound_s(costs, search) for costs in roles.values()))
+        lone_s = (lone_bound_s(costs, search) * steps[role] for role, costs in roles.items())
+        bound_s = max(shared_bound_s(roles, search), *lone_s)
     plans = {role: plan_role(_on(costs, shares[role]), search) for role, costs in roles.items()}
     if search.mixed:
         plans |= _with_idle(roles, search, shares, plans)
     if any(plan.mixed for plan in plans.values()):  # those bounds are of layouts with one kind a stage
-        bound_s = max(shared_bound_s(roles, search, mixed=True), *(every_bound_s(c, search) for c in roles.values()))
+        lone_s = (every_bound_s(costs, search) * steps[role] for role, costs in roles.items())
+        bound_s = max(shared_bound_s(roles, search, mixed=True), *lone_s)
     elif any(plan.layout.schedule != "1f1b" for plan in plans.values()):  # and of 1F1B layouts only
-        lone_s = (work_bound_s(problems(costs, search)) for costs in roles.values())
+        lone_s = (work_bound_s(problems(costs, search)) * steps[role] for role, costs in roles.items())
         bound_s = max(shared_bound_s(roles, search), *lone_s)
-    return JointPlan(plans, min(bound_s, max(plan.step_s for plan in plans.values())))
+    found = JointPlan(plans, bound_s, steps)
+    return JointPlan(plans, min(bound_s, found.step_s), steps)
 
 
 def _with_idle(
@@ -105,7 +111,8 @@ def _with_idle(
     plans: Mapping[str, RolePlan],
 ) -> dict[str, RolePlan]:  # fmt: skip
     """The slowest role with the devices that no role got, if that helps: they may serve on stages of several kinds."""
-    slowest = max(plans, key=lambda role: plans[role].step_s)
+    steps = own_steps(roles)
+    slowest = max(plans, key=lambda role: plans[role].step_s * steps[role])
     given = dict(shares[slowest])
     for name, kind in roles[slowest].fleet.kinds.items():
         given[name] = given.get(name, 0) + kind.devices - sum(share.get(name, 0) for share in shares.values())
@@ -121,14 +128,16 @@ def _on(costs: Costs, devices: Mapping[str, int]) -> Costs:
     return replace(costs, fleet=costs.fleet.without(left_out))
 
 
-def _seconds(costs: Costs, search: SearchSettings, devices: Mapping[str, int]) -> tuple[float, float]:
-    """(step, bound) of the best layout on these devices; infinite if the model does not fit on them."""
+def _seconds(
+    costs: Costs, search: SearchSettings, devices: Mapping[str, int], steps: float = 1.0
+) -> tuple[float, float]:
+    """(steps, bound) of the best layout on these devices; infinite if the model does not fit on them."""
     here = _on(costs, devices)
     try:
         best = best_layout(here, search, problems(here, search))
     except ConfigError:
         return math.inf, math.inf
-    return best.prediction.step_s, best.bound_s
+    return best.prediction.step_s * steps, best.bound_s * steps
 
 
 def _every_way(roles: Mapping[str, Costs], search: SearchSettings) -> tuple[dict[str, dict[str, int]], float]:
@@ -139,8 +148,9 @@ def _every_way(roles: Mapping[str, Costs], search: SearchSettings) -> tuple[dict
     kinds = next(iter(roles.values())).fleet.kinds
     counts = tuple(kind.devices for kind in kinds.values())
     shares = [share for share in itertools.product(*(range(count + 1) for count in counts)) if any(share)]
+    steps = own_steps(roles)
     found = {
-        role: {share: _seconds(costs, search, dict(zip(kinds, share, strict=True))) for share in shares}
+        role: {share: _seconds(costs, search, dict(zip(kinds, share, strict=True)), steps[role]) for share in shares}
         for role, costs in roles.items()
     }
     best = _least([{share: step_s for share, (step_s, _) in of.items()} for of in found.values()], counts)
@@ -177,12 +187,12 @@ def _by_pace(roles: Mapping[str, Costs], search: SearchSettings) -> dict[str, di
     leading = TEACHER if TEACHER in roles else next(iter(roles))
     fleet = roles[leading].fleet
     speed = _speeds(roles[leading], search)
-    steps_s: dict[tuple[str, str, int], float] = {}
+    steps, steps_s = own_steps(roles), dict[tuple[str, str, int], float]()
 
     def step_s(role: str, kind: str, number: int) -> float:
         key = (role, kind, number)
         if key not in steps_s:
-            steps_s[key] = _seconds(roles[role], search, {kind: number})[0]
+            steps_s[key] = _seconds(roles[role], search, {kind: number}, steps[role])[0]
         return steps_s[key]
 
     def share(pace_s: float, preferred: str | None) -> tuple[float, float, dict[str, dict[str, int]]]:
@@ -244,49 +254,9 @@ def _work(costs: Costs) -> float:
     return float(model.layers * model.hidden * (model.hidden + model.ffn))
 
 
-def _device_seconds(costs: Costs, search: SearchSettings, mixed: bool = False) -> dict[str, float]:
-    """By kind: least device-seconds of all layers of a step, whatever the layout; infinite where nothing is known.
-
-    mixed: whether stages may have replicas of several kinds, with any shares
-    """
-    if mixed:
-        work = costs.task.batch_size * costs.task.model.layers
-        return dict.fromkeys(costs.fleet.kinds, math.inf) | {k: work / r for k, r in kind_rates(costs, search).items()}
-    least = dict.fromkeys(costs.fleet.kinds, math.inf)
-    for problem in problems(costs, search):
-        for kind, options in problem.options.items():
-            for option in options:
-                seconds = problem.micro_batches * problem.layers * option.layer.both_s * option.devices
-                least[kind] = min(least[kind], seconds)
-    return least
-
-
 def _speeds(costs: Costs, search: SearchSettings) -> dict[str, float]:
     """Steps a second and device, by kind."""
-    return {kind: 1.0 / seconds for kind, seconds in _device_seconds(costs, search).items()}
-
-
-def shared_bound_s(roles: Mapping[str, Costs], search: SearchSettings, mixed: bool = False) -> float:
-    """No way to share the fleet has a slowest role faster than this, seconds.
-
-    With w_rk the device-seconds of role r if all of it ran on kind k, and any prices p_k of a device-second: in a step
-    of T the fleet has T sum p_k N_k to spend, and role r costs at least min_k p_k w_rk. The prices tried are 1 / w_rk.
-    """
-    work = {role: _device_seconds(costs, search, mixed) for role, costs in roles.items()}
-    kinds = next(iter(roles.values())).fleet.kinds
-    best_s = 0.0
-    for prices_of in work.values():
-        prices = {kind: 1.0 / seconds for kind, seconds in prices_of.items()}
-        worth = sum(prices[name] * kind.devices for name, kind in kinds.items())
-        needed = sum(min(prices[kind] * of[kind] if prices[kind] else 0.0 for kind in kinds) for of in work.values())
-        best_s = max(best_s, needed / worth)
-    return best_s
-
-
-def lone_bound_s(costs: Costs, search: SearchSettings) -> float:
-    """No layout of a role with the whole fleet to itself is faster than this, seconds."""
-    bounds_s = [float(bound_s) for problem in problems(costs, search) for bound_s in combos(problem).bound_s_N]
-    return min((bound_s for bound_s in bounds_s if math.isfinite(bound_s)), default=0.0)
+    return {kind: 1.0 / seconds for kind, seconds in device_seconds(costs, search).items()}
 
 
 def _no_room(roles: Mapping[str, Costs]) -> str:
