@@ -39,8 +39,10 @@ SETTINGS = (
 """Nine ranks; a host has room for three."""
 ROOM = ("--num-cpus=1",)
 WAIT_S = 240.0
-TOLERANCE = 1e-4
-"""Nats: another layout is another order of sums, in every step since."""
+TOLERANCE = {"teacher": 1e-4, "early": 1e-3, "late": 1e-3}
+"""Nats: another layout is another order of sums, in every step since. To students a draw or a code of a label may fall
+otherwise by that rounding.
+"""
 
 
 def test_roles_grow_with_a_host_and_shrink_without_it_and_no_step_is_lost(
@@ -84,7 +86,7 @@ def test_roles_grow_with_a_host_and_shrink_without_it_and_no_step_is_lost(
             expected, found = losses(calm / "runs/tiny", role), losses(run, role)
             assert list(found) == list(expected), f"{role}: not every step once and in order"
             furthest = max(abs(found[step] - expected[step]) for step in expected)
-            assert furthest <= TOLERANCE, f"{role}: the loss differs by {furthest:.2e}"
+            assert furthest <= TOLERANCE[role], f"{role}: the loss differs by {furthest:.2e}"
         assert hurt.leftovers() == {}
 
 
