@@ -93,3 +93,18 @@ def test_a_drain_asks_drivers_to_stop_and_waits_for_them_and_for_ranks(tmp_path:
         other.kill()
         driver.kill()
         rank.kill()
+
+
+@pytest.mark.parametrize(("sent", "code"), [(True, 130), (False, 0)])
+def test_a_sigterm_whose_exception_python_drops_is_not_lost(sent: bool, code: int) -> None:
+    program = (
+        "import os, signal, sys\nfrom titan.cluster.session import no_signal_lost\n"
+        "class Cleaned:\n    def __del__(self):\n        os.kill(os.getpid(), signal.SIGTERM)\n        sum(range(99))\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))\n"
+        "try:\n    with no_signal_lost():\n        one = Cleaned()\n"
+        f"        if {sent}: del one\n        else: one = setattr(Cleaned, '__del__', lambda self: None)\n"
+        "except KeyboardInterrupt:\n    sys.exit(130)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert ("SystemExit: 15" in done.stderr) == sent, "Python told of it and went on"

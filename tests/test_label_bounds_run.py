@@ -145,7 +145,8 @@ def test_a_hung_student_is_waited_for_so_long_one_that_skips_jumps_and_dropped_l
         assert roles[name]["labels_consumed"] == counts["consumed"] == 8 * len(steps_of(run, name))
         assert roles[name]["labels_missed"] == 320 - counts["consumed"] > 8 * 10
         assert roles[name]["tokens"] == counts["consumed"] * 32
-    assert reasons == {"early": {"further behind than max_lag 4"}, "late": {"dropped from the log"}}
+    too_far, dropped = "further behind than max_lag 4", "dropped from the log"
+    assert reasons["late"] == {dropped} and {too_far} <= reasons["early"] <= {too_far, dropped}
     look(workplace, "runs/short", "audit", "verify", "ls")
     assert {event["role"] for event in told(run, "steps_skipped")} == {"early", "late"}
     assert any("late" in event["overtaken"] for event in told(run, "labels_dropped"))

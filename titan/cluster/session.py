@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -35,11 +35,12 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
     with local_token() if settings.address is None else joining_token(ray_address(settings.address)):
         heed = signal.getsignal(signal.SIGTERM)
         try:
-            if settings.address is None:
-                _start(settings)
-            else:
-                with _watched(ray_address(settings.address)):
-                    _join(ray_address(settings.address), variables)
+            with no_signal_lost():
+                if settings.address is None:
+                    _start(settings)
+                else:
+                    with _watched(ray_address(settings.address)):
+                        _join(ray_address(settings.address), variables)
         except SystemExit:  # what Ray makes of a SIGTERM
             raise KeyboardInterrupt from None
         except Exception as error:  # Ray raises whatever went wrong below it
@@ -55,6 +56,28 @@ def ray_session(settings: ClusterSettings) -> Iterator[None]:
             yield
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def no_signal_lost() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the block's end if SIGTERM came and nothing was raised there by its handler.
+
+    Python drops what a handler raises while it cleans up an object or holds a lock of its own, and Ray's handler only
+    raises.
+    """
+    told, tell = os.pipe()
+    for end in (told, tell):
+        os.set_blocking(end, False)
+    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    try:
+        yield
+        with suppress(BlockingIOError):
+            if signal.SIGTERM in os.read(told, 64):
+                raise KeyboardInterrupt
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(told)
+        os.close(tell)
 
 
 def _start(settings: ClusterSettings) -> None:
