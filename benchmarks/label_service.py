@@ -46,7 +46,7 @@ def make_block(step: int, size_bytes: int) -> bytes:
     """An intact block of one sample with meaningless labels: the service does not look into it."""
     payload = os.urandom(size_bytes)
     return BlockHeader(
-        "full", 1, step, 0, 1, 1, 1.0, 0, 0, 0, 0, False, False, len(payload), zlib.crc32(payload)
+        "full", 1, step, 0, 1, 1, 1.0, 0, 0, 0, False, False, len(payload), zlib.crc32(payload)
     ).pack() + payload  # fmt: skip
 
 

@@ -42,6 +42,18 @@ def register(library: str) -> None:
         shape = targets.shape
         return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
 
+    @torch.library.register_fake(f"{library}::vocab_tail_priorities")
+    def _(
+        logits: Tensor, head_ids: Tensor, threshold: Tensor, turns: Tensor, count: int, start: int, size: int,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        shape = (logits.shape[0], count)
+        return (
+            logits.new_empty(shape, dtype=torch.int64),
+            logits.new_empty(shape, dtype=torch.float32),
+            logits.new_empty(shape, dtype=torch.float32),
+        )
+
     @torch.library.register_fake(f"{library}::counter_uniform")
     def _(seed: int, sample: Tensor, position: Tensor, draws: int) -> Tensor:
         return sample.new_empty(sample.shape[0], draws, dtype=torch.float64)

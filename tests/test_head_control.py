@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.drawn import drawn_labels
 from tests.worlds import labels_of, make_trainer, run_world, tokens_of
 from titan.config.model import LayoutSettings
 from titan.distill.control import ControlTracker
@@ -43,7 +44,9 @@ def head_and_draws(temperature: float, draws: int) -> SparseLabels:
     log_drawn = teacher.gather(1, drawn)
     log_drawn[::3, 1:2] = -torch.inf
     log_drawn[5] = -torch.inf
-    return SparseLabels(head, log_p.float(), "bucket", drawn, log_drawn.float())
+    count = (log_drawn > -torch.inf).sum(1)
+    mass = ((1 - log_p.exp().sum(1)) / count.clamp_min(1)).where(count > 0, 0.0)
+    return SparseLabels(head, log_p.float(), "bucket", drawn, log_drawn.float(), draw_mass_N=mass.float())
 
 
 def head_of(
@@ -127,7 +130,7 @@ def test_over_all_draws_the_gradient_is_that_of_the_whole_distribution(control: 
     for id in range(SIZE):
         one = replace(
             labels, draw_ids_NM=torch.full((TOKENS, 1), id), draw_log_prob_NM=teacher[:, id : id + 1].float(),
-            control=control,
+            control=control, draw_mass_N=(1 - labels.log_prob_NK.double().exp().sum(1)).float(),
         )  # fmt: skip
         gradient = head_of(one, Objective(1.0))[0].grad_hidden_ND
         assert gradient is not None
@@ -175,9 +178,8 @@ def test_the_control_that_earlier_draws_tell_has_less_error_than_none_and_the_wh
         )  # fmt: skip
 
     def drawn(seed: int) -> SparseLabels:
-        draws = TailDraws(4, seed, torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
-        says = label_logits(teacher, 8, draws, 1.0, shard)
-        return SparseLabels(says.ids_NK, says.log_prob_NK, "bucket", says.draw_ids_NM, says.draw_log_prob_NM)
+        draws = TailDraws(5, seed, torch.arange(tokens), torch.zeros(tokens, dtype=torch.int64))
+        return drawn_labels(label_logits(teacher, 8, draws, 1.0, shard), draws, size)
 
     tracker = ControlTracker()
     fit = learn(drawn(1)).tail_fit

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.drawn import priorities, uniforms
 from tests.worlds import World, run_world
 from titan.config.model import LayoutSettings
 from titan.ops.head import HeadResult, run_head
@@ -94,7 +95,9 @@ def test_draws_of_the_tail_have_the_gradient_of_their_surrogate(temperature: flo
     fewer[::3, 1] = -torch.inf
     fewer[5] = -torch.inf
     per_token = torch.full((30,), shrink) * torch.linspace(0.5, 1.0, 30)
-    labels = replace(labels, draw_log_prob_NM=fewer, shrink=per_token)
+    count = (fewer > -torch.inf).sum(1)
+    mass = ((1 - head_mass) / count.clamp_min(1)).where(count > 0, 0.0).float()
+    labels = replace(labels, draw_log_prob_NM=fewer, shrink=per_token, draw_mass_N=mass)
     result, grad_weight = gradients(labels, Objective(1.0, temperature))
 
     def loss(z: Tensor) -> Tensor:
@@ -120,7 +123,8 @@ def head_and_draws(temperature: float, draws: int) -> tuple[SparseLabels, Tensor
     log_p, head = teacher.topk(4, dim=1)
     tail = teacher.scatter(1, head, -torch.inf).log_softmax(1)
     drawn = torch.multinomial(tail.exp(), draws, replacement=True, generator=torch.Generator().manual_seed(2))
-    labels = SparseLabels(head, log_p.float(), "bucket", drawn, teacher.gather(1, drawn).float())
+    mass = ((1 - log_p.exp().sum(1)) / draws).float()
+    labels = SparseLabels(head, log_p.float(), "bucket", drawn, teacher.gather(1, drawn).float(), draw_mass_N=mass)
     return labels, log_p.exp().sum(1), tail
 
 
@@ -194,7 +198,7 @@ def test_entries_of_probability_zero_are_as_if_they_were_not_there() -> None:
     result, grad = gradients(labels, Objective(0.8))
     same, grad_same = gradients(padded, Objective(0.8))
     assert torch.allclose(result.divergence, same.divergence) and torch.allclose(grad, grad_same, atol=1e-7)
-    bare = replace(padded, draw_log_prob_NM=torch.full((30, 4), -torch.inf))
+    bare = replace(padded, draw_log_prob_NM=torch.full((30, 4), -torch.inf), draw_mass_N=torch.zeros(30))
     bucket = SparseLabels(labels.ids_NK, labels.log_prob_NK)
     assert torch.allclose(gradients(bare, Objective(0.8))[1], gradients(bucket, Objective(0.8))[1], atol=1e-7)
 
@@ -248,25 +252,16 @@ def test_a_label_has_its_entropy_and_draws_with_their_probabilities(temperature:
     assert not in_head and label.draw_ids_NM.max() < SIZE
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("top_k", [5, 0])
-def test_draws_are_spread_evenly_however_many_are_taken(top_k: int) -> None:
-    """Of the first m an entry of share s has m s, give or take the discrepancy of van der Corput's sequence; and of the
-    first 2^a, in order of ids, each comes from a slice of 2^-a of the mass.
-    """
-    label = says(top_k=top_k, count=64)
+def test_draws_are_the_entries_of_the_tail_with_the_highest_priorities(top_k: int, temperature: float) -> None:
+    label, draws = says(top_k=top_k, count=20, temperature=temperature), draws_of(70, 20)
     assert label.draw_ids_NM is not None
-    mass = exact_log_p(1.0).exp().scatter(1, label.ids_NK, 0.0)
-    share = mass / mass.sum(1, keepdim=True)
-    hits = torch.zeros(70, SIZE, dtype=torch.float64)
-    for m in range(1, 65):
-        hits.scatter_add_(1, label.draw_ids_NM[:, m - 1 : m], torch.ones(70, 1, dtype=torch.float64))
-        assert (hits - m * share).abs().max() <= math.log2(m) / 3 + 1 + 1e-4
-    end = share.cumsum(1)
-    for count in (1, 2, 4, 8, 64):
-        ids = label.draw_ids_NM[:, :count].sort(dim=1).values
-        low = ((end - share).gather(1, ids) * count - torch.arange(count)).amax(1)  # of the turn, as a share of a slice
-        high = (end.gather(1, ids) * count - torch.arange(count)).amin(1)
-        assert (low <= high + 1e-4).all(), "one turn fits all"
+    tail = exact_log_p(temperature).exp().scatter(1, label.ids_NK, 0.0)
+    priority = tail / uniforms(draws, torch.arange(SIZE).expand(70, SIZE), SIZE)
+    highest, ids = priority.topk(20, dim=1)
+    near = (highest[:, 1:] / highest[:, :-1] > 1 - 1e-5).any(dim=1)
+    assert near.float().mean() < 0.2 and torch.equal(ids[~near], label.draw_ids_NM[~near])
 
 
 def test_a_label_of_few_draws_is_the_beginning_of_one_of_many() -> None:
@@ -276,29 +271,39 @@ def test_a_label_of_few_draws_is_the_beginning_of_one_of_many() -> None:
         assert torch.equal(many.draw_ids_NM[:, :7], few.draw_ids_NM)
 
 
-@pytest.mark.parametrize(("top_k", "independent"), [(4, False), (0, False), (0, True)])
-def test_any_first_draws_are_distributed_as_what_they_are_drawn_from(top_k: int, independent: bool) -> None:
-    """20,000 samples of one position: chi-square of each draw alone. With up to 29 degrees of freedom one exceeds 72
-    about once in 50,000 times. Spread draws of a sample are not independent, those of samples are.
+def test_independent_draws_are_distributed_as_the_whole_distribution() -> None:
+    """20,000 samples of one position: chi-square of each draw alone. With 29 degrees of freedom one exceeds 72 about
+    once in 50,000 times.
     """
     samples, count = 20_000, 6
     logits = (torch.randn(1, 30, generator=torch.Generator().manual_seed(4)) * 1.5).expand(samples, 30).contiguous()
-    draws = TailDraws(count, 3, torch.arange(samples), torch.full((samples,), 11), independent)
-    label = label_logits(logits, top_k, draws, 1.0, VocabShard(0, 30, 30, None))
+    draws = TailDraws(count, 3, torch.arange(samples), torch.full((samples,), 11), independent=True)
+    label = label_logits(logits, 0, draws, 1.0, VocabShard(0, 30, 30, None))
     assert label.draw_ids_NM is not None
-    mass = logits[0].double().exp()
-    mass[label.ids_NK[0]] = 0.0
-    expected = mass / mass.sum() * samples
-    real = expected > 0
+    expected = logits[0].double().softmax(0) * samples
     for j in range(count):
         hits = torch.bincount(label.draw_ids_NM[:, j], minlength=30).double()
-        assert ((hits - expected)[real].square() / expected[real]).sum() < 72 and (hits[~real] == 0).all()
+        assert ((hits - expected).square() / expected).sum() < 72
     pairs = (label.draw_ids_NM[:, 0] == label.draw_ids_NM[:, 1]).double().mean()
     by_chance = (expected / samples).square().sum()
-    if independent:
-        assert abs(pairs - by_chance) < 5 * math.sqrt(by_chance / samples)
-    else:
-        assert pairs < by_chance - 0.01, "half the mass lies between the first two"
+    assert abs(pairs - by_chance) < 5 * math.sqrt(by_chance / samples)
+
+
+@pytest.mark.parametrize("top_k", [4, 0])
+def test_an_entry_is_above_a_level_as_often_as_its_probability_over_the_level(top_k: int) -> None:
+    """20,000 samples of one position: each entry within 4.5 standard errors."""
+    samples, size, level = 20_000, 30, 0.2
+    logits = (torch.randn(1, size, generator=torch.Generator().manual_seed(4)) * 1.5).expand(samples, size).contiguous()
+    draws = TailDraws(size, 3, torch.arange(samples), torch.full((samples,), 11))
+    label = label_logits(logits, top_k, draws, 1.0, VocabShard(0, size, size, None))
+    assert label.draw_ids_NM is not None
+    above = (priorities(label, draws, size) > level).double()
+    drawn = torch.zeros(samples, size, dtype=torch.float64).scatter_add(1, label.draw_ids_NM, above)
+    p = logits[0].double().softmax(0)
+    p[label.ids_NK[0]] = 0.0
+    share = (p / level).clamp_max(1.0)
+    error = (share * (1 - share) / samples).sqrt()
+    assert ((drawn.mean(0) - share).abs() <= 4.5 * error + 1e-9).all()
 
 
 def test_the_same_sample_and_position_draw_the_same_whatever_the_batch_and_chunks() -> None:
@@ -361,6 +366,7 @@ def test_a_head_that_is_the_whole_vocabulary_leaves_nothing_to_draw() -> None:
         "bucket",
         result.labels.draw_ids_NM,
         result.labels.draw_log_prob_NM,
+        draw_mass_N=torch.zeros(4),
     )
     assert gradients(itself, Objective(1.0), tokens=4)[0].divergence.isfinite()
 

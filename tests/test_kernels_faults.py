@@ -96,12 +96,18 @@ FAULTS = [
           "  __syncthreads();  // the logits at the ids have been read\n", "", "vocab"),
     Fault("sparse entries written before the row", "cuda/vocab.cuh",
           "  __syncthreads();  // and the whole row has been written\n", "", "vocab"),
-    Fault("negative logits in the wrong order", "cuda/vocab.cuh", "bits >> 31 ? ~bits : bits | 0x80000000u",
+    Fault("negative logits in the wrong order", "cuda/vocab_top.cuh", "bits >> 31 ? ~bits : bits | 0x80000000u",
           "bits | 0x80000000u", "vocab"),
-    Fault("an entry of the top found twice", "cuda/vocab.cuh", "key < before && key > largest",
+    Fault("an entry of the top found twice", "cuda/vocab_top.cuh", "key < before && key > largest",
           "key <= before && key > largest", "vocab"),
-    Fault("a prefix sum short of a step", "cuda/vocab.cuh", "for (int step = 1; step < kLanes; step *= 2)",
+    Fault("a prefix sum short of a step", "cuda/vocab_tail.cuh", "for (int step = 1; step < kLanes; step *= 2)",
           "for (int step = 1; step < kLanes / 2; step *= 2)", "vocab"),
+    Fault("the head's equals drawn again", "cuda/vocab_tail.cuh", "if (head[i] == start + column) return false;", "",
+          "vocab"),
+    Fault("a place of one bit too many", "binding/turn.h", "int64_t(mask) + 1 < size", "int64_t(mask) + 1 <= size",
+          "vocab"),
+    Fault("ids counted from the part's own start", "cuda/vocab_tail.cuh", "turn.uniform(uint32_t(start + column))",
+          "turn.uniform(uint32_t(column))", "vocab"),
     Fault("rows read in packs that do not fit", "cuda/pack.cuh", "return width % kPack<T> == 0 && (", "return (",
           "swiglu"),
 ]  # fmt: skip
@@ -125,8 +131,9 @@ def run_with(fault: Fault, folder: Path) -> tuple[int, str]:
     assert text.count(fault.original) == 1, f"{fault.file} has changed; plant '{fault.what}' anew"
     (sources / fault.file).write_text(text.replace(fault.original, fault.planted))
     build_shim(sources, [fault.family])  # it still compiles, or this raises
+    tests = sorted(str(path) for path in Path(__file__).parent.glob(f"test_kernels_{fault.family}*.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", f"tests/test_kernels_{fault.family}.py", "-k", "shim or order", "-x"],
+        [sys.executable, "-m", "pytest", *tests, "-k", "shim or order", "-x"],
         capture_output=True,
         text=True,
         timeout=240,

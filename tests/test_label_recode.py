@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from tests.codec_teacher import entries_of
 from titan.cli.labels import labels_app
 from titan.config.distillation import LabelSettings
 from titan.distill import recode as recoding
-from titan.distill.codec.block import LabelBlock, encode_block
+from titan.distill.codec.block import HEADER_BYTES, BlockHeader, LabelBlock, decode_block, encode_block
 from titan.distill.codec.raw import RawLabels
 from titan.distill.log.manifest import LogManifest, read_manifest, write_manifest
 from titan.distill.log.reader import LabelReader
@@ -31,6 +31,7 @@ from titan.errors import LabelError
 from titan.ops.label import TailDraws
 from titan.ops.look import VocabShard
 from titan.ops.says import label_logits
+from titan.tasks.sample_labels import SampleLabels
 from titan.train.trainer import LabelPart
 
 VOCAB, LENGTH, SAMPLES, WIDTH, SEED = 300, 16, 4, 24, 7
@@ -143,6 +144,18 @@ def test_from_the_same_float32_log_probabilities_every_bit_is_that_of_the_teache
         assert made == encode_block(want, VOCAB, settings.bytes_per_token)
 
 
+def sent(block: LabelBlock) -> SampleLabels:
+    """As a reader of the teacher's own log gets it."""
+    data = encode_block(block, VOCAB)
+    return decode_block(BlockHeader.unpack(data[:HEADER_BYTES]), data[HEADER_BYTES:]).labels.at(1.0)
+
+
+def shared(ids: np.ndarray, log_prob: np.ndarray, other_ids: np.ndarray, other_log_prob: np.ndarray) -> list[float]:
+    """Of each token's entries, the share that another label of it has too."""
+    ones, others = entries_of(ids, log_prob), entries_of(other_ids, other_log_prob)
+    return [len(one & other) / max(1, len(one), len(other)) for one, other in zip(ones, others, strict=True)]
+
+
 @pytest.mark.parametrize(("codec", "heads", "draws"), [("full", 0.999, 0.995), ("hidden", 0.99, 0.9)])
 def test_a_log_as_it_is_stored_gives_nearly_all_entries_of_the_teachers_own_pass(
     tmp_path: Path, codec: str, heads: float, draws: float
@@ -150,16 +163,15 @@ def test_a_log_as_it_is_stored_gives_nearly_all_entries_of_the_teachers_own_pass
     """Its log-probabilities are rounded, so that entries of nearly one probability change places."""
     every = LabelSettings(bytes_per_token=None)
     made = recode(make_log(tmp_path / "run", codec, 6), tmp_path / "out", Wanted(every))
-    same_heads, same_draws = [], []
+    same_heads: list[float] = []
+    same_draws: list[float] = []
     for step in range(1, 7):
         for block in blocks_of(made.folder, step):
-            own, got = own_pass(step, block.first_sample, 2, every).labels, block.labels
-            assert got.ids_BSK is not None and own.ids_BSK is not None
-            pairs = zip(got.ids_BSK.reshape(-1, 15), own.ids_BSK.reshape(-1, 15), strict=True)
-            same_heads += [len({*one} & {*other}) / 15 for one, other in pairs]
-            assert got.draw_ids_BSM is not None and own.draw_ids_BSM is not None
-            pairs = zip(*(x.reshape(LENGTH * 2, -1) for x in (got.draw_ids_BSM, own.draw_ids_BSM)), strict=True)
-            same_draws += [(Counter(one) & Counter(other)).total() / len(other) for one, other in pairs]
+            own, got = sent(own_pass(step, block.first_sample, 2, every)), block.labels.at(1.0)
+            same_heads += shared(got.ids_BSK, got.log_prob_BSK, own.ids_BSK, own.log_prob_BSK)
+            assert got.draw_ids_BSM is not None and got.draw_log_prob_BSM is not None
+            assert own.draw_ids_BSM is not None and own.draw_log_prob_BSM is not None
+            same_draws += shared(got.draw_ids_BSM, got.draw_log_prob_BSM, own.draw_ids_BSM, own.draw_log_prob_BSM)
     assert np.mean(same_heads) > heads and np.mean(same_draws) > draws, (np.mean(same_heads), np.mean(same_draws))
 
 

@@ -71,7 +71,7 @@ def published(
 
 
 def looked(world: World, layout: LayoutSettings, temperature: float) -> dict[str, object]:
-    every = {"top_k": 12, "draws": 6, "bytes_per_token": None}
+    every = {"top_k": 12, "draws": 30, "bytes_per_token": None}
     found: dict[str, object] = {
         codec: published(world, layout, LabelSettings(codec=codec, temperature=temperature, **more))[0]  # type: ignore[arg-type]
         for codec, more in {
@@ -102,11 +102,12 @@ def test_every_codec_says_of_each_token_what_the_whole_distribution_has(temperat
         want = np.take_along_axis(dense, labels.ids_BSK.astype(np.int64), -1)
         assert np.abs(labels.log_prob_BSK - want)[present].max() < 0.15, "8 bits of p^(1/4)"
         best = np.take_along_axis(dense, labels.ids_BSK[..., :1].astype(np.int64), -1)[..., 0]
-        assert (best >= dense.max(-1) - 0.15).all()
+        headed = present.any(-1)
+        assert headed.mean() > 0.2 and (best >= dense.max(-1) - 0.15)[headed].all()
     drawn = found["sampled"]
     real = drawn.draw_log_prob_BSM > -np.inf
     want = np.take_along_axis(dense, drawn.draw_ids_BSM.astype(np.int64), -1)
-    assert real.any() and np.abs(drawn.draw_log_prob_BSM - want)[real].max() < 0.25
+    assert real.any() and np.abs(drawn.draw_log_prob_BSM - want)[real].max() < 0.32, "half a step of 0.6, and rounding"
     assert found["again"] is True
     assert not np.array_equal(found["other step"].draw_ids_BSM, drawn.draw_ids_BSM)
     shares = np.exp(found["random"].log_prob_BSK.astype(float))

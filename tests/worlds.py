@@ -102,6 +102,7 @@ def labels_of(step: int, batch: int = BATCH, top_k: int = 4) -> SampleLabels:
         "bucket",
         ids[..., top_k:].astype(np.int32),
         drawn.astype(np.float32),
+        (tail[..., 0] / 2).astype(np.float32),
     )
 
 

@@ -38,5 +38,8 @@ TITAN_DEFINE(TITAN_LIBRARY, m) {
   m.def(
       "vocab_tail_draws(Tensor logits, Tensor head_ids, Tensor threshold, Tensor blocks, Tensor targets, int start,"
       " int size, float temperature) -> (Tensor, Tensor)");
+  m.def(
+      "vocab_tail_priorities(Tensor logits, Tensor head_ids, Tensor threshold, Tensor turns, int count, int start,"
+      " int size, float temperature) -> (Tensor, Tensor, Tensor)");
   m.def("counter_uniform(int seed, Tensor sample, Tensor position, int draws) -> Tensor");
 }

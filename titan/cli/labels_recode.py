@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from titan.cli.label_logs import only_log
+from titan.config.check import FEWEST_DRAWS
 from titan.config.distillation import LabelSettings
 from titan.distill.codec.raw import CodecName
 from titan.errors import LabelError
@@ -70,4 +71,6 @@ def _settings(codec: CodecName, options: dict[str, float | None], renormalise: b
         given["bytes_per_token"] = None  # type: ignore[assignment]
     elif budget is not None and budget < 4:
         raise LabelError(f"--bytes-per-token is {budget:g}; give at least 4, or 0 for every entry")
+    if codec == "sampled" and given.get("draws", FEWEST_DRAWS) < FEWEST_DRAWS:
+        raise LabelError(f"--draws is {given['draws']}; --codec sampled needs at least {FEWEST_DRAWS}")
     return LabelSettings.model_validate({"codec": codec, **given})

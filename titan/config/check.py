@@ -11,6 +11,9 @@ from titan.config.model import ModelSettings, OptimizerSettings
 from titan.config.section import Section
 from titan.config.settings import TEACHER, RunConfig, StudentSettings
 
+FEWEST_DRAWS = 8
+"""Of `sampled`."""
+
 
 def find_mistakes(config: RunConfig) -> list[str]:
     """All contradictions in a config whose types are right."""
@@ -146,6 +149,11 @@ def _label_mistakes(config: RunConfig) -> Iterator[str]:
         yield (
             f"labels.top_k is {config.labels.top_k}, more than data.vocab_size ({config.data.vocab_size}); "
             "a few dozen are enough"
+        )
+    if config.labels.codec == "sampled" and config.labels.draws < FEWEST_DRAWS:
+        yield (
+            f"labels.draws is {config.labels.draws}; with labels.codec sampled at least {FEWEST_DRAWS} are needed, "
+            "or what a draw stands for would be mostly chance; leave it out for 32"
         )
 
     for student in config.students if config.teacher.log is None else ():  # of a log its own codec counts

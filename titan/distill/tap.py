@@ -19,7 +19,10 @@ def label_wish(settings: LabelSettings, run_seed: int, step: int) -> LabelWish:
         return LabelWish(hidden=True)
     if settings.codec == "random":
         return LabelWish(draws=settings.draws, independent=True, seed=seed)
-    return LabelWish(settings.top_k, settings.draws if settings.codec == "sampled" else 0, seed=seed)
+    if settings.codec == "top_k":
+        return LabelWish(settings.top_k)
+    # One more than are sent tells how likely these were; readers know the step, sample and position, and no seed.
+    return LabelWish(settings.top_k, settings.draws + 1, seed=step)
 
 
 def raw_labels(settings: LabelSettings, part: LabelPart, length: int, step: int = 0) -> RawLabels:

@@ -26,7 +26,7 @@ class SparseLabels:
     """`bucket`: what the head leaves is one more class. `none`: the entries are all there is and sum to one, as a
     renormalised top k (biased), or ids drawn from the whole distribution with their shares (unbiased, noisy)."""
     draw_ids_NM: Tensor | None = None
-    """int64 ids drawn from the tail, with repetition."""
+    """int64 ids drawn from the tail."""
     draw_log_prob_NM: Tensor | None = None
     """float32 log-probabilities of the draws in the whole distribution; -inf where a token has fewer."""
     shrink: float | Tensor = 1.0
@@ -34,6 +34,9 @@ class SparseLabels:
     control: float = 1.0
     """beta: the multiple of the student's own tail against which draws are held. Any that does not depend on these
     draws leaves the gradient unbiased; titan.ops.sparse says which is least noisy. A far student wants less."""
+    draw_mass_N: Tensor | None = None
+    """float32: what each draw of a token stands for. An entry p is among the draws p over this many times on average;
+    0 for a token that nothing was drawn for."""
 
     def ids(self) -> list[Tensor]:
         """Head and draws, as the loss looks at them."""
@@ -56,6 +59,7 @@ class SparseLabels:
             draw_ids_NM=cut(self.draw_ids_NM),
             draw_log_prob_NM=cut(self.draw_log_prob_NM),
             shrink=self.shrink[part] if isinstance(self.shrink, Tensor) else self.shrink,
+            draw_mass_N=cut(self.draw_mass_N),
         )
 
     def check(self, tokens: int, size: int) -> None:
@@ -63,14 +67,16 @@ class SparseLabels:
         entries = self.ids_NK.shape[-1]
         self._shape("ids_NK", self.ids_NK, (tokens, entries))
         self._shape("log_prob_NK", self.log_prob_NK, (tokens, entries))
-        if (self.draw_ids_NM is None) != (self.draw_log_prob_NM is None):
-            raise ValueError("labels.draw_ids_NM and labels.draw_log_prob_NM belong together, got one of them")
-        if self.draw_ids_NM is not None and self.draw_log_prob_NM is not None:
+        drawn = (self.draw_ids_NM, self.draw_log_prob_NM, self.draw_mass_N)
+        if any(x is None for x in drawn) and not all(x is None for x in drawn):
+            raise ValueError("labels.draw_ids_NM, draw_log_prob_NM and draw_mass_N belong together, got some of them")
+        if self.draw_ids_NM is not None and self.draw_log_prob_NM is not None and self.draw_mass_N is not None:
             if self.tail == "none":
                 raise ValueError("labels.tail must be bucket where there are draws, got none")
             draws = self.draw_ids_NM.shape[-1]
             self._shape("draw_ids_NM", self.draw_ids_NM, (tokens, draws))
             self._shape("draw_log_prob_NM", self.draw_log_prob_NM, (tokens, draws))
+            self._shape("draw_mass_N", self.draw_mass_N, (tokens,))
         if isinstance(self.shrink, Tensor):
             self._shape("shrink", self.shrink, (tokens,))
         if self.ids_NK.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -144,19 +150,20 @@ class DenseLabels:
 class TailDraws:
     """What a label wants of the tail. The same seed, sample and position give the same draws.
 
-    The first draws of many are what few would have been, so a label may be cut to any number of its draws.
+    The first of many are what few would have been. For the entries of highest priority that means: with a threshold
+    between the priorities of two that follow each other, a label may be cut to those above it.
     """
 
     count: int
     seed: int
-    """64 bits, of the run and the teacher's step."""
+    """64 bits, of the teacher's step."""
     sample_N: Tensor
     """int64 sample ids."""
     position_N: Tensor
     """int64 positions within the sample."""
     independent: bool = False
-    """Independent draws from the whole distribution, without a head (RS-KD, arXiv 2503.16870), instead of draws that
-    are spread over the tail."""
+    """Independent draws from the whole distribution, without a head (RS-KD, arXiv 2503.16870), instead of the tail's
+    entries of highest priority (titan.ops.vocab)."""
 
     def rows(self, part: slice) -> Self:
         """Of some of the tokens."""
@@ -176,9 +183,9 @@ class TeacherSays:
     entropy_N: Tensor
     """float32, nats, at temperature 1."""
     draw_ids_NM: Tensor | None = None
-    """int64 ids drawn from the tail of p_T, with repetition."""
+    """int64 ids of the tail in order of priority, or with repetition where draws are independent."""
     draw_log_prob_NM: Tensor | None = None
-    """float32 log-probabilities of the draws in p_T; -inf where the head is the whole vocabulary."""
+    """float32 log-probabilities of the draws in p_T; -inf where the tail has no more."""
     log_prob_NV: Tensor | None = None
     """float32 log-probabilities at temperature 1 of the whole vocabulary, without padding."""
 

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from titan.ops.label import TailDraws, TeacherSays
 from titan.ops.look import Look, VocabShard, merge
-from titan.ops.vocab import counter_uniform, vocab_statistics, vocab_tail_blocks, vocab_tail_draws
+from titan.ops.vocab import (
+    counter_uniform,
+    vocab_statistics,
+    vocab_tail_blocks,
+    vocab_tail_draws,
+    vocab_tail_priorities,
+)
 
 
 def label_logits(
@@ -67,16 +73,61 @@ def _whole(logits_NV: Tensor, log_norm_N: Tensor, shard: VocabShard) -> Tensor:
 def _draw(
     look: Look, logits_NV: Tensor, head_ids_NK: Tensor, draws: TailDraws, temperature: float, shard: VocabShard
 ) -> tuple[Tensor, Tensor]:
-    """[N, M] ids and logits drawn from the tail; logit -inf where the head is the whole vocabulary.
-
-    Weights of entries are whole numbers in order of ids, so that draws are the same however the vocabulary is cut.
-    Those below 2^-36 of the largest are 0 and are never drawn.
-    """
+    """[N, M] ids and logits drawn from the tail; logit -inf where it has no more entries."""
     top_k = head_ids_NK.shape[1]
     if look.top_values_NK.shape[1] == top_k:
         shape = (len(logits_NV), draws.count)
         return head_ids_NK.new_zeros(shape), look.top_values_NK.new_full(shape, -torch.inf)
     threshold_N = look.top_values_NK[:, top_k].contiguous()
+    if draws.independent:
+        return _draw_independent(logits_NV, head_ids_NK, threshold_N, draws, temperature, shard)
+    found = vocab_tail_priorities(
+        logits_NV, head_ids_NK, threshold_N, token_turns(draws), draws.count, shard.start, shard.size, temperature
+    )
+    if shard.group is None:
+        return found[0], found[1]
+    packed = torch.stack([item.double() for item in found])
+    parts = [torch.empty_like(packed) for _ in range(shard.group.size())]
+    dist.all_gather(parts, packed, group=shard.group)
+    ids_NM, drawn_NM, priority_NM = torch.cat(parts, dim=2)  # parts are in order of ids, and so are equals after a sort
+    order_NM = priority_NM.sort(dim=1, descending=True, stable=True).indices[:, : draws.count]
+    return ids_NM.gather(1, order_NM).long(), drawn_NM.gather(1, order_NM).float()
+
+
+def token_turns(draws: TailDraws) -> Tensor:
+    """int64 [N, 4] in [0, 2^32): a, b, c and d of titan.ops.vocab.vocab_tail_priorities; a and c are odd.
+
+    titan.distill.codec.priority makes the same of step, sample and position.
+    """
+    low = 0xFFFFFFFF
+    key = _mix(torch.tensor(_signed(draws.seed * 8 + GOLDEN), device=draws.sample_N.device))
+    word_N = _mix(_mix(draws.sample_N + key) + (draws.position_N + 1) * _signed(GOLDEN))
+    other_N = _mix(word_N)
+    turns = [word_N & low | 1, word_N >> 32 & low, other_N & low | 1, other_N >> 32 & low]
+    return torch.stack(turns, dim=1)
+
+
+GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64, on uint64 that torch takes for int64."""
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * _signed(0x94D049BB133111EB)
+    return x ^ (x >> 31 & (1 << 33) - 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of a uint64."""
+    return (word + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _draw_independent(
+    logits_NV: Tensor, head_ids_NK: Tensor, threshold_N: Tensor, draws: TailDraws, temperature: float, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
+    """Weights of entries are whole numbers in order of ids, so that draws are the same however the vocabulary is cut.
+    Those below 2^-36 of the largest are 0 and are never drawn.
+    """
     blocks = vocab_tail_blocks(logits_NV, head_ids_NK, threshold_N, shard.start, shard.size, temperature)
     own_N = blocks.sum(dim=1)
     total_N, before_N = own_N, torch.zeros_like(own_N)
@@ -87,7 +138,8 @@ def _draw(
             torch.stack(parts).sum(dim=0),
             torch.stack([before_N, *parts])[: shard.group.rank() + 1].sum(0),
         )
-    targets_NM = (_points(draws) * total_N[:, None]).floor().minimum(total_N[:, None] - 1)
+    points_NM = counter_uniform(draws.seed, draws.sample_N, draws.position_N, draws.count)
+    targets_NM = (points_NM * total_N[:, None]).floor().minimum(total_N[:, None] - 1)
     ids_NM, drawn_NM = vocab_tail_draws(
         logits_NV,
         head_ids_NK,
@@ -103,20 +155,3 @@ def _draw(
         dist.all_reduce(found, group=shard.group)
         ids_NM, drawn_NM = found[0].long(), found[1].float()
     return ids_NM, drawn_NM
-
-
-def _points(draws: TailDraws) -> Tensor:
-    """[N, M] float64 in [0, 1): where draws fall in the mass they are drawn from.
-
-    Van der Corput's sequence 0, 1/2, 1/4, 3/4, 1/8, ... of each token, all of it turned by one uniform number. So each
-    draw alone is uniform, and any first m of them are unbiased. They are spread evenly: of the first 2^a each 2^-a of
-    the mass has one, and for any m an entry of share s is drawn m s times, give or take less than log2(m) / 3 + 1.
-    """
-    if draws.independent:
-        return counter_uniform(draws.seed, draws.sample_N, draws.position_N, draws.count)
-    turn_N1 = counter_uniform(draws.seed, draws.sample_N, draws.position_N, 1)
-    index_M = torch.arange(draws.count, device=turn_N1.device)
-    point_M = torch.zeros_like(index_M, dtype=torch.float64)
-    for bit in range(draws.count.bit_length()):
-        point_M += (index_M >> bit & 1) * 0.5 ** (bit + 1)
-    return (point_M + turn_N1) % 1.0

@@ -98,29 +98,29 @@ def _correct(
 ) -> SparseTerms:  # fmt: skip
     """The bucket's forward KL and its gradient q - t, corrected by draws j of the tail.
 
-    With p~ and q~ the distributions within the tail:
+    With p~ and q~ the distributions within the tail, and s the mass that each draw j stands for:
         bucket    t = (1 - P) q~
-        draws     t = (1 - P) [beta g + (1 / M) sum_j e_j (1 - beta r_j)],  r_j = g_j / p~_j
+        draws     t = (1 - P) beta g + s sum_j e_j (1 - beta r_j),  r_j = g_j / p~_j
         used      shrink * draws + (1 - shrink) * bucket
-    E_{j ~ p~}[e_j r_j] = g, so draws alone are (1 - P) p~ on average whatever beta and g are: the student's own tail,
-    from which g is made, is a control variate. The squared error is about (1 - P)^2 / M (1 - 2 beta + beta^2 E r^2),
-    which vanishes as the student learns (r to 1, beta 1) and, at its least, is never above that of draws without it
-    (beta 0). That is at
-        beta = sum w r / sum w r^2 over the draws of all tokens, with w = ((1 - P) / M)^2
+    An entry i is drawn p_i / s times on average, so draws alone are (1 - P) p~ on average whatever beta and g are: the
+    student's own tail, from which g is made, is a control variate. An entry that is drawn with probability p_i / s adds
+    about s p_i (1 - beta r_i)^2 to the squared error, which vanishes as the student learns (r to 1, beta 1) and, at its
+    least, is never above that of draws without it (beta 0). The sum over all is least at
+        beta = sum w r / sum w r^2 over the draws of all tokens, with w = s^2
     whose two sums are `fit_N2`; they have to be those of other draws, or the gradient would be biased.
-    g is q~, but among the student's LOOKED_AT largest at most CAP / (1 - beta) of 1 / M: what is likelier than a draw
-    stands for, 1 / M, the teacher would have put into the head, so there a student errs, and once in a long while a
-    draw would say so with a huge r.
-    The divergence gets the mean of (1 - P) log(p~_j / q~_j), whatever the shrinkage. Tokens without draws stay with
-    the bucket.
+    g is q~, but among the student's LOOKED_AT largest at most CAP / (1 - beta) of s: what is likelier than a draw
+    stands for the teacher would have put into the head, so there a student errs, and once in a long while a draw would
+    say so with a huge r.
+    The divergence gets the sum of s log(p~_j / q~_j), whatever the shrinkage. Tokens whose draws stand for nothing stay
+    with the bucket.
     log_q: of the head's ids and of the draws;  largest: ids and log q;  ratio: (1 - P) / (1 - Q)
     """
-    assert labels.draw_ids_NM is not None and labels.draw_log_prob_NM is not None
+    assert labels.draw_ids_NM is not None and labels.draw_log_prob_NM is not None and labels.draw_mass_N is not None
     log_q_NK, log_q_NM = log_q
     top_ids_NT, log_q_NT = largest
     drawn_NM = labels.draw_log_prob_NM > -torch.inf
-    any_N1 = drawn_NM.any(dim=1, keepdim=True)
-    share_N1 = teacher_tail_N[:, None] / drawn_NM.sum(dim=1, keepdim=True).clamp_min(1)
+    share_N1 = labels.draw_mass_N[:, None]
+    any_N1 = share_N1 > 0.0
     log_odds_NM = labels.draw_log_prob_NM - log_q_NM - ratio_N.log()[:, None]  # log(p~ / q~)
     log_odds_NM = log_odds_NM.where(drawn_NM, 0.0)
     cap_N1 = CAP / max(1.0 - labels.control, SMALLEST_TAIL) * share_N1

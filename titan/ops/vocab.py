@@ -80,6 +80,30 @@ def vocab_tail_draws(
     return drawn
 
 
+def vocab_tail_priorities(
+    logits_NV: Tensor, head_ids_NK: Tensor, threshold_N: Tensor, turns_N4: Tensor, count: int, start: int, size: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The tail entries of highest priority e^((z - t)/T) / u, where u(v) in (0, 1) is a number that readers know too.
+
+    u(v) = (r + (f + 1/2) / 2^24) / 2^w,  r = (a v + b) mod 2^w,  f = floor((c v + d) mod 2^32 / 2^8),  2^w >= size
+
+    threshold: float32, the largest logit of the tail
+    head ids:  all above it, and those of the equal ones that are taken
+    turns:     int64 in [0, 2^32): a, b, c and d of each token, a and c odd
+    returns:   [N, count] int64 ids, float32 logits and float32 priorities, falling, ties by smaller id; 0, -inf and 0
+               where this part has no more entries of a priority above 0
+    """
+    if chosen("head", logits_NV) == "torch":
+        return vocab_tail_priorities_twin(
+            logits_NV, head_ids_NK, threshold_N, turns_N4, count, start, size, temperature
+        )
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.titan.vocab_tail_priorities(
+        logits_NV, head_ids_NK, threshold_N, turns_N4, count, start, size, temperature
+    )
+    return found
+
+
 def counter_uniform(seed: int, sample_N: Tensor, position_N: Tensor, draws: int) -> Tensor:
     """[N, draws] float64 in [0, 1), a pure function of (seed, sample, position, draw): Philox 4x32-10 (Salmon 2011)."""
     if chosen("head", sample_N) == "torch":
@@ -155,6 +179,30 @@ def vocab_tail_draws_twin(
     return (local_NM + start).where(here_NM, 0), drawn_NM
 
 
+def vocab_tail_priorities_twin(
+    logits_NV: Tensor, head_ids_NK: Tensor, threshold_N: Tensor, turns_N4: Tensor, count: int, start: int, size: int,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """See vocab_tail_priorities."""
+    z_NV = _wide(_real(logits_NV, start, size))
+    power_NV = (
+        ((z_NV - threshold_N[:, None]) / temperature).exp().where(z_NV <= threshold_N[:, None], 0.0).nan_to_num_(0.0)
+    )
+    id_V = torch.arange(start, start + z_NV.shape[1], device=z_NV.device)
+    width = max(0, size - 1).bit_length()
+    a_N1, b_N1, c_N1, d_N1 = (turns_N4[:, j : j + 1] for j in range(4))
+    place_NV = a_N1 * id_V + b_N1 & (1 << width) - 1
+    fraction_NV = (c_N1 * id_V + d_N1 & 0xFFFFFFFF) >> 8
+    uniform_NV = (place_NV + (fraction_NV + 0.5) * 2.0**-24) * 2.0**-width
+    priority_NV = _without(power_NV / uniform_NV, head_ids_NK, start)
+    values_NM, order_NM = _top(priority_NV, min(count, z_NV.shape[1]))
+    missing = count - order_NM.shape[1]
+    there_NM = values_NM > 0
+    ids_NM = F.pad((order_NM + start).where(there_NM, 0), (0, missing))
+    drawn_NM = z_NV.gather(1, order_NM).where(there_NM, -torch.inf)
+    return ids_NM, F.pad(drawn_NM, (0, missing), value=-torch.inf), F.pad(values_NM, (0, missing))
+
+
 def counter_uniform_twin(seed: int, sample_N: Tensor, position_N: Tensor, draws: int) -> Tensor:
     """See counter_uniform. 32-bit words in int64; a product of two is made of 16-bit halves to stay below 2^63."""
     low = 0xFFFFFFFF
@@ -189,12 +237,15 @@ def _tail_weights(
     z_NV = _wide(_real(logits_NV, start, size))
     weights_NV = torch.round(((z_NV - threshold_N[:, None]) / temperature).exp() * TAIL_SCALE)
     weights_NV = weights_NV.double().where(z_NV <= threshold_N[:, None], 0.0)
-    local_NK = head_ids_NK - start
-    mine_NK = (local_NK >= 0) & (local_NK < z_NV.shape[1])
-    padded_NV = F.pad(
-        weights_NV, (0, logits_NV.shape[1] - z_NV.shape[1] + 1)
-    )  # one more column takes ids held elsewhere
-    padded_NV.scatter_(1, local_NK.where(mine_NK, logits_NV.shape[1]), 0.0)
+    return F.pad(_without(weights_NV, head_ids_NK, start), (0, logits_NV.shape[1] - z_NV.shape[1]))
+
+
+def _without(weights_NV: Tensor, head_ids_NK: Tensor, start: int) -> Tensor:
+    """0 at the head's ids."""
+    local_NK, columns = head_ids_NK - start, weights_NV.shape[1]
+    mine_NK = (local_NK >= 0) & (local_NK < columns)
+    padded_NV = F.pad(weights_NV, (0, 1))  # one more column takes ids held elsewhere
+    padded_NV.scatter_(1, local_NK.where(mine_NK, columns), 0.0)
     return padded_NV[:, :-1]
 
 

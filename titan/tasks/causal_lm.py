@@ -137,10 +137,11 @@ def told(
         weight_VD = torch.from_numpy(labels.output_weight_VD[own]).to(device)
         return DenseLabels(hidden_ND=on_device(labels.hidden_BSD, np.float32), weight_VD=weight_VD)
     entries = on_device(labels.ids_BSK, np.int64), on_device(labels.log_prob_BSK, np.float32)
-    if labels.draw_ids_BSM is None or labels.draw_log_prob_BSM is None:
+    if labels.draw_ids_BSM is None or labels.draw_log_prob_BSM is None or labels.draw_mass_BS is None:
         return SparseLabels(*entries, labels.tail)
     draws = on_device(labels.draw_ids_BSM, np.int64), on_device(labels.draw_log_prob_BSM, np.float32)
-    return SparseLabels(*entries, labels.tail, *draws, shrink, control=control)
+    mass_N = on_device(labels.draw_mass_BS, np.float32)
+    return SparseLabels(*entries, labels.tail, *draws, shrink, control, mass_N)
 
 
 def _draws(wish: LabelWish, batch: MicroBatch) -> TailDraws:

@@ -27,6 +27,8 @@ class SampleLabels:
     """int32 ids drawn from the tail."""
     draw_log_prob_BSM: np.ndarray | None = None
     """float32 log-probabilities of the draws in the whole distribution; -inf where a token has fewer."""
+    draw_mass_BS: np.ndarray | None = None
+    """float32: what each of a token's draws stands for, which is drawn with its probability over this."""
     entropy_BS: np.ndarray | None = None
     """float32 nats, of the teacher's distribution at temperature 1."""
     dense_BSV: np.ndarray | None = None

@@ -163,6 +163,42 @@ std::tuple<Tensor, Tensor> vocab_tail_draws(const Tensor& logits_any, const Tens
   return {ids, drawn};
 }
 
+// The tail entries of highest priority e^((z - t)/T) / u, where u in (0, 1) is a number of the token and the entry's id
+// (binding/turn.h), with 2^w the least that is not below size.
+// threshold t and head_ids: as for vocab_tail_blocks. turns: [N, 4] int64, a, b, c and d of each token.
+// returns ids [N, count] of the whole vocabulary, their logits and their priorities, falling, ties by smaller id; 0, -inf
+// and 0 where this part has no more entries of a priority above 0.
+template <class Kernels>
+std::tuple<Tensor, Tensor, Tensor> vocab_tail_priorities(const Tensor& logits_any, const Tensor& head_ids_any,
+                                                         const Tensor& threshold_any, const Tensor& turns_any,
+                                                         int64_t count, int64_t start, int64_t size,
+                                                         double temperature) {
+  const Arguments arguments{"vocab_tail_priorities"};
+  const int64_t real = real_columns(arguments, logits_any, start, size);
+  arguments.require(size < int64_t(1) << 31, "size", "must be below 2^31, got " + std::to_string(size));
+  const Tensor logits = dense(logits_any), head_ids = dense(head_ids_any), threshold = dense(threshold_any);
+  const Tensor turns = dense(turns_any);
+  const int64_t tokens = logits.size(0);
+  vocabulary_ids(arguments, head_ids, "head_ids", logits, size);
+  arguments.like(threshold, "threshold", {tokens}, kFloat, logits);
+  arguments.like(turns, "turns", {tokens, 4}, kInt64, logits);
+  arguments.require(count >= 0 && count <= Kernels::kLargestTopK, "count",
+                    "must be from 0 to " + std::to_string(Kernels::kLargestTopK) + ", got " + std::to_string(count));
+  positive_temperature(arguments, temperature);
+  Tensor ids = torch::stable::new_empty(logits, {tokens, count}, kInt64);
+  Tensor drawn = torch::stable::new_empty(logits, {tokens, count}, kFloat);
+  Tensor priorities = torch::stable::new_empty(logits, {tokens, count}, kFloat);
+  if (ids.numel() == 0) return {ids, drawn, priorities};
+  const typename Kernels::Launch launch(logits);
+  with_type<Kernels>(logits, [&](auto element) {
+    using T = decltype(element);
+    Kernels::tail_priorities(launch, read<T>(logits), tokens, logits.size(1), real, float(1.0 / temperature),
+                             read<int64_t>(head_ids), head_ids.size(1), read<float>(threshold), read<int64_t>(turns),
+                             start, size, write<int64_t>(ids), write<float>(drawn), write<float>(priorities), count);
+  });
+  return {ids, drawn, priorities};
+}
+
 // Uniform numbers in [0, 1) with 53 bits, a pure function of (seed, sample, position, draw): Philox 4x32-10
 // (Salmon et al. 2011) with key = seed and counter = (draw, position, sample). sample, position: [N] int64 -> [N, draws].
 template <class Kernels>
@@ -187,6 +223,7 @@ void implement_vocab(torch::stable::detail::StableLibrary& library) {
   library.impl("vocab_gradient_", TORCH_BOX(&vocab_gradient<Kernels>));
   library.impl("vocab_tail_blocks", TORCH_BOX(&vocab_tail_blocks<Kernels>));
   library.impl("vocab_tail_draws", TORCH_BOX(&vocab_tail_draws<Kernels>));
+  library.impl("vocab_tail_priorities", TORCH_BOX(&vocab_tail_priorities<Kernels>));
   library.impl("counter_uniform", TORCH_BOX(&counter_uniform<Kernels>));
 }
 

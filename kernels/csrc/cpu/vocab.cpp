@@ -1,38 +1,15 @@
 // Losses and labels on the CPU: a row of logits at a time, which stays in a core's cache over its passes.
 #include "binding/vocab.h"
 
-#include <algorithm>
-#include <cmath>
-#include <utility>
-
 #include "binding/philox.h"
-#include "cpu/vector.h"
+#include "binding/turn.h"
+#include "cpu/vocab_top.h"
 
 namespace titan::cpu {
 namespace {
 
-constexpr int64_t kTile = 64;  // columns whose maximum is remembered, to find the top k without looking twice at most
 constexpr float kLeast = -100.0f;  // below it e^x counts for nothing
 constexpr int kTailScale = 35;  // weights of up to 2^35: a row of 2^17 such still sums exactly in float64
-
-// Maxima of tiles of kTile columns; returns the largest.
-template <class T>
-TITAN_INLINE float tile_maxima(const T* __restrict z, int64_t columns, float* __restrict maxima) {
-  float largest = -INFINITY;
-  for (int64_t tile = 0; tile * kTile < columns; ++tile) {
-    const T* at = z + tile * kTile;
-    const int64_t count = columns - tile * kTile < kTile ? columns - tile * kTile : kTile;
-    float m = -INFINITY;
-#pragma omp simd reduction(max : m)
-    for (int64_t i = 0; i < count; ++i) {
-      const float v = load(at[i]);
-      m = v > m ? v : m;
-    }
-    maxima[tile] = m;
-    largest = m > largest ? m : largest;
-  }
-  return largest;
-}
 
 // sums[1..3] as in the binding, given the maximum.
 template <class T>
@@ -107,6 +84,18 @@ TITAN_INLINE void block_sums(const T* __restrict z, int64_t columns, float thres
   }
 }
 
+// 0 for what is no tail.
+template <class T>
+TITAN_INLINE void tail_priorities(const T* __restrict z, int64_t columns, uint32_t start, float threshold,
+                                  float inverse_temperature, const Turn turn, float* __restrict priorities) {
+#pragma omp simd
+  for (int32_t i = 0; i < int32_t(columns); ++i) {  // counted in as many bits as its vectors have
+    const float v = load(z[i]), exponent = (v - threshold) * inverse_temperature;
+    const float priority = exp_negative(exponent) / turn.uniform(start + uint32_t(i));
+    priorities[i] = v <= threshold && exponent >= kLeastExponent ? priority : 0.0f;
+  }
+}
+
 #define TITAN_VOCAB(T)                                                                                                 \
   TITAN_CLONES float row_maxima(const T* z, int64_t columns, float* maxima) { return tile_maxima(z, columns, maxima); } \
   TITAN_CLONES void row_sums(const T* z, int64_t columns, float maximum, float inverse_temperature, float* sums) {     \
@@ -122,50 +111,14 @@ TITAN_INLINE void block_sums(const T* __restrict z, int64_t columns, float thres
   TITAN_CLONES void block_weights(const T* z, int64_t columns, float threshold, float inverse_temperature,             \
                                   float* weights) {                                                                    \
     tail_weights(z, columns, threshold, inverse_temperature, weights);                                                 \
+  }                                                                                                                    \
+  TITAN_CLONES void row_priorities(const T* z, int64_t columns, uint32_t start, float threshold,                       \
+                                   float inverse_temperature, const Turn& turn, float* priorities) {                   \
+    tail_priorities(z, columns, start, threshold, inverse_temperature, turn, priorities);                              \
   }
 TITAN_VOCAB(float)
 TITAN_VOCAB(Bf16)
 #undef TITAN_VOCAB
-
-using Candidate = std::pair<float, int64_t>;
-
-bool before(const Candidate& a, const Candidate& b) {
-  return a.first > b.first || (a.first == b.first && a.second < b.second);
-}
-
-// The k-th largest tile maximum bounds the k-th largest logit from below, so only tiles that reach it are looked into.
-template <class T>
-void top_of_row(const T* z, int64_t columns, const std::vector<float>& maxima, int64_t k, std::vector<float>& largest,
-                std::vector<Candidate>& candidates, float* values, int64_t* ids, int64_t start) {
-  const int64_t tiles = (columns + kTile - 1) / kTile;
-  float bound = -INFINITY;
-  if (tiles > k) {
-    largest.assign(maxima.begin(), maxima.begin() + k);  // a heap of the k largest, the least of them in front
-    std::make_heap(largest.begin(), largest.end(), std::greater<float>());
-    for (int64_t tile = k; tile < tiles; ++tile) {
-      if (!(maxima[tile] > largest.front())) continue;
-      std::pop_heap(largest.begin(), largest.end(), std::greater<float>());
-      largest.back() = maxima[tile];
-      std::push_heap(largest.begin(), largest.end(), std::greater<float>());
-    }
-    bound = largest.front();
-  }
-  candidates.clear();
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    if (maxima[tile] < bound) continue;
-    const int64_t end = std::min(columns, (tile + 1) * kTile);
-    for (int64_t i = tile * kTile; i < end; ++i) {
-      const float v = load(z[i]);
-      if (v >= bound) candidates.emplace_back(v, start + i);
-    }
-  }
-  const int64_t found = std::min<int64_t>(k, candidates.size());
-  std::partial_sort(candidates.begin(), candidates.begin() + found, candidates.end(), before);
-  for (int64_t i = 0; i < k; ++i) {
-    values[i] = i < found ? candidates[i].first : -INFINITY;
-    ids[i] = i < found ? candidates[i].second : 0;
-  }
-}
 
 struct Vocab {
   using Bf16 = cpu::Bf16;
@@ -276,6 +229,35 @@ struct Vocab {
           if (i == count) continue;
           id = start + first + i;
           value = load(z[first + i]);
+        }
+      }
+    });
+  }
+
+  template <class T>
+  static void tail_priorities(const Launch&, const T* logits, int64_t tokens, int64_t columns, int64_t real,
+                              float inverse_temperature, const int64_t* head_ids, int64_t head_count,
+                              const float* threshold, const int64_t* turns, int64_t start, int64_t size, int64_t* ids,
+                              float* drawn, float* priorities, int64_t count) {
+    torch::stable::parallel_for(0, tokens, grain(columns), [&](int64_t begin, int64_t end) {
+      std::vector<float> of_row(real), maxima(real / kTile + 1), largest;
+      std::vector<Candidate> candidates;
+      for (int64_t row = begin; row < end; ++row) {
+        const T* z = logits + row * columns;
+        int64_t* id = ids + row * count;
+        float *value = drawn + row * count, *priority = priorities + row * count;
+        const Turn turn(turns + row * 4, size);
+        row_priorities(z, real, uint32_t(start), threshold[row], inverse_temperature, turn, of_row.data());
+        for (int64_t j = 0; j < head_count; ++j) {
+          const int64_t local = head_ids[row * head_count + j] - start;
+          if (local >= 0 && local < real) of_row[local] = 0.0f;
+        }
+        row_maxima(of_row.data(), real, maxima.data());
+        top_of_row(of_row.data(), real, maxima, count, largest, candidates, priority, id, start);
+        for (int64_t j = 0; j < count; ++j) {
+          const bool there = priority[j] > 0.0f;
+          value[j] = there ? load(z[id[j] - start]) : -INFINITY;
+          if (!there) id[j] = 0, priority[j] = 0.0f;
         }
       }
     });

@@ -3,6 +3,7 @@
 
 #include "binding/vocab.h"
 #include "cuda/launch.h"
+#include "cuda/vocab_tail.cuh"
 
 namespace titan::cuda {
 namespace {
@@ -49,6 +50,16 @@ struct Vocab {
     TITAN_LAUNCH((vocab_tail_draws_rows<T>), dim3(unsigned(tokens)), dim3(kVocabThreads), 0, launch.stream, logits, columns,
                  real, inverse_temperature, head_ids, head_count, threshold, start, blocks, block_count, targets, draws,
                  ids, drawn);
+  }
+
+  template <class T>
+  static void tail_priorities(const Launch& launch, const T* logits, int64_t tokens, int64_t columns, int64_t real,
+                              float inverse_temperature, const int64_t* head_ids, int64_t head_count,
+                              const float* threshold, const int64_t* turns, int64_t start, int64_t size, int64_t* ids,
+                              float* drawn, float* priorities, int64_t count) {
+    const auto run = packs<T>(columns, logits) ? launch_tail_priorities<T, kPack<T>> : launch_tail_priorities<T, 1>;
+    run(logits, tokens, columns, real, inverse_temperature, head_ids, head_count, threshold, turns, start, size, ids,
+        drawn, priorities, count, launch.stream);
   }
 
   static void uniform(const Launch& launch, uint64_t seed, const int64_t* sample, const int64_t* position,

@@ -12,14 +12,16 @@ import numpy as np
 
 from titan.distill.codec.bits import BitReader, BitWriter, width_of
 from titan.distill.codec.codecs import CODEC_IDS, codec_of, decode_labels, encode_labels
-from titan.distill.codec.context import DRAW_BITS, HEAD_BITS, Context
+from titan.distill.codec.context import HEAD_BITS, Context
 from titan.distill.codec.raw import CodecName, RawLabels
 from titan.errors import LabelError
 
 MAGIC = b"TLB2"
 OLD_MAGIC = b"TLB1"
 """Of version 1, whose header was another."""
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+OLDEST_VERSION = 3
+"""Still read, but for `sampled`, whose draws were others."""
 BUDGET_BYTES = 36.0
 """Of a token's label on average, token ids apart: what RS-KD takes for 12 distinct entries (arXiv 2503.16870)."""
 _HEADER = struct.Struct("<4sHBBQIIIIIIBBHdQI")
@@ -46,7 +48,6 @@ class BlockHeader:
     draws: int
     """Draws that the teacher gave."""
     head_bits: int
-    draw_bits: int
     has_entropy: bool
     has_weight: bool
     """Whether the teacher's output weight is in this block."""
@@ -59,7 +60,7 @@ class BlockHeader:
         flags = self.has_entropy * _HAS_ENTROPY + self.has_weight * _HAS_WEIGHT
         body = _HEADER.pack(
             MAGIC, self.version, CODEC_IDS[self.codec], flags, self.step, self.first_sample, self.samples,
-            self.sequence_length, self.vocab_size, self.entries, self.draws, self.head_bits, self.draw_bits, 0,
+            self.sequence_length, self.vocab_size, self.entries, self.draws, self.head_bits, 0, 0,
             self.temperature, self.payload_bytes, self.payload_crc32,
         )  # fmt: skip
         return body + zlib.crc32(body).to_bytes(4, "little")
@@ -77,12 +78,12 @@ class BlockHeader:
             raise LabelError(
                 f"a label block has format version {version}, this titan reads up to {FORMAT_VERSION}; update titan"
             )
-        if version < FORMAT_VERSION:
+        if version < OLDEST_VERSION or (version < FORMAT_VERSION and body[6] == CODEC_IDS["sampled"]):
             raise _too_old(version)
         _, _, codec, flags, step, first, samples, length, vocab, *rest = _HEADER.unpack(body)
-        entries, draws, head_bits, draw_bits, _, temperature, size, crc = rest
+        entries, draws, head_bits, _, _, temperature, size, crc = rest
         return BlockHeader(
-            codec_of(codec), vocab, step, first, samples, length, temperature, entries, draws, head_bits, draw_bits,
+            codec_of(codec), vocab, step, first, samples, length, temperature, entries, draws, head_bits,
             bool(flags & _HAS_ENTROPY), bool(flags & _HAS_WEIGHT), size, crc, version,
         )  # fmt: skip
 
@@ -120,7 +121,7 @@ def encode_block(block: LabelBlock, vocab_size: int, budget_bytes: float | None 
     payload = writer.payload()
     header = BlockHeader(
         raw.codec, vocab_size, block.step, block.first_sample, samples, length, raw.temperature, context.candidates,
-        context.draws, HEAD_BITS, DRAW_BITS, context.has_entropy, raw.output_weight_VD is not None, len(payload),
+        context.draws, HEAD_BITS, context.has_entropy, raw.output_weight_VD is not None, len(payload),
         zlib.crc32(payload),
     )  # fmt: skip
     return header.pack() + payload
@@ -136,7 +137,7 @@ def decode_block(header: BlockHeader, payload: bytes) -> LabelBlock:
     tokens = reader.take(header.samples * (header.sequence_length + 1), width_of(header.vocab_size))
     context = Context(
         header.step, sample_ids_B, header.sequence_length, header.vocab_size, header.entries, header.draws,
-        header.temperature, header.has_entropy, header.head_bits, header.draw_bits,
+        header.temperature, header.has_entropy, header.head_bits,
     )  # fmt: skip
     labels = decode_labels(header.codec, context, header.has_weight, reader)
     if len(reader.rest):

@@ -1,132 +1,80 @@
-"""How many head entries and draws each token gets under a budget of bytes.
+"""From which probability on entries are the head, and what a draw stands for, under a budget of bytes.
 
 An entry i of the tail that is drawn with probability pi_i adds p_i^2 d_i^2 (1 / pi_i - 1) to the squared error of the
 gradient, d_i being the student's relative error there. For one d and so many entries in all, the least error has
 pi_i = min(1, p_i / t) with one threshold t for all tokens: entries above t are the head, and a tail of mass R gets
-R / t draws, each of which stands for mass t. So the only unknown is t, one number a sample; it is found by bisection,
-from the sample alone, so that the labels of a sample depend neither on the layout nor on what came before.
+about R / t draws, each of which stands for mass t. So the only unknown is t, one number a sample; it is found by
+bisection, from the sample alone, so that the labels of a sample depend neither on the layout nor on what came before.
+It does not depend on which draws a threshold would give, only on how many it gives on average: or they would be biased.
 
 Shape letters: B samples, S tokens, K candidates for the head.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
-NEGLIGIBLE_TAIL = 2.0**-10
-"""A tail of less mass gets no draw where entries are rationed: at most twice this is missing from the gradient (L1)."""
-SMALLEST_THRESHOLD = 1e-6
-HALVINGS = 13
-"""Of the interval of log t, 14 nats: t is known to 0.2 % of itself, and so is the size."""
+ANYWHERE = (-14.0, 0.0)
+"""Logarithms of all thresholds."""
+PRECISION = 0.004
+"""Nats: a threshold is known to 0.4 % of itself, and so is the size."""
 
 
 @dataclass(frozen=True)
 class EntryBits:
     """What a token's label costs."""
 
-    head: int
-    draw: int
-    token: int
+    head: float
+    draw: float | np.ndarray
+    """One number, or one a sample; 0 where labels have no draws."""
+    token: float
     """Whatever the token's label has besides entries."""
-    any_draws: int = 0
+    any_draws: float = 0.0
     """What it has besides where there are draws."""
 
 
-@dataclass(frozen=True)
-class Shares:
-    """What each token gets."""
+class Tokens:
+    """Candidates of some samples, and how many entries any threshold gives."""
 
-    head_BS: np.ndarray
-    """int64 number of candidates sent exactly."""
-    draws_BS: np.ndarray
-    """int64 number of draws from what is behind them."""
-
-    def bits(self, cost: EntryBits) -> np.ndarray:
-        """int64 [B, S]: size of each token's label."""
-        bits_BS: np.ndarray = self.head_BS * cost.head + self.draws_BS * cost.draw + cost.token
-        bits_BS += (self.draws_BS > 0) * cost.any_draws
-        return bits_BS
-
-
-def everything(p_BSK: np.ndarray, drawn_BS: np.ndarray) -> Shares:
-    """All candidates that there are, and all draws."""
-    return Shares(np.count_nonzero(p_BSK > 0, axis=-1), drawn_BS.astype(np.int64))
-
-
-def share_out(p_BSK: np.ndarray, drawn_BS: np.ndarray, most_draws: int, cost: EntryBits, budget_bytes: float) -> Shares:
-    """The entries of each token, so that each sample keeps to budget_bytes a token on average.
-
-    p_BSK:    float32 probabilities of the candidates, falling
-    drawn_BS: how many draws there are from what is behind all candidates; 0 also where nothing is behind them
-    most_draws: of any token, 0 where labels have none
-    returns:  shares that fill the budget as far as there are entries worth sending; where even one entry a token is too
-              much, that is what they are
-    """
-    samples, length, _ = p_BSK.shape
-    problem = _Tokens(p_BSK, drawn_BS, most_draws)
-    budget = budget_bytes * 8 * length
-    low, high = np.full(samples, np.log(SMALLEST_THRESHOLD)), np.zeros(samples)  # of log t; high keeps the budget
-    for _ in range(HALVINGS):
-        middle = (low + high) / 2
-        fits = problem.shares(np.exp(middle)).bits(cost).sum(axis=1) <= budget
-        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
-    return _fill(problem.shares(np.exp(high)), problem.shares(np.exp(low)), cost, budget)
-
-
-def _fill(within: Shares, beyond: Shares, cost: EntryBits, budget: float) -> Shares:
-    """The first tokens get what a hair's breadth of threshold more would give them, as long as there is room."""
-    bits_BS = within.bits(cost)
-    spent_BS = bits_BS.sum(axis=1, keepdims=True) + np.cumsum(beyond.bits(cost) - bits_BS, axis=1)
-    more_BS = np.logical_and.accumulate(spent_BS <= budget, axis=1)
-    return Shares(
-        np.where(more_BS, beyond.head_BS, within.head_BS), np.where(more_BS, beyond.draws_BS, within.draws_BS)
-    )
-
-
-class _Tokens:
-    """What the number of entries of each token follows from, at any threshold."""
-
-    def __init__(self, p_BSK: np.ndarray, drawn_BS: np.ndarray, most_draws: int):
-        samples, length, entries = p_BSK.shape
+    def __init__(self, p_BSK: np.ndarray, behind_BS: np.ndarray):
+        """p: float32 probabilities of the candidates, falling; behind: mass behind all of them."""
         self.p_KBS = np.ascontiguousarray(np.moveaxis(p_BSK, -1, 0))
-        tail = np.ones((entries + 1, samples, length), np.float32)
-        np.subtract(1.0, np.cumsum(self.p_KBS, axis=0, dtype=np.float32), out=tail[1:])
-        self.tail = np.maximum(tail, 0.0)
-        """[K + 1, B, S]: mass behind so many candidates."""
-        with np.errstate(divide="ignore"):
-            steps = self.tail[:-1] / np.maximum(self.p_KBS, np.float32(1e-30))
-        self.joins_KBS = np.arange(entries, dtype=np.float32)[:, None, None] + steps
-        """Number of entries from which on a candidate is likelier than what a draw would stand for."""
-        whole_BS = (drawn_BS == 0) & (self.tail[-1] < NEGLIGIBLE_TAIL)
-        self.drawn_BS = np.where(whole_BS, 1e6, drawn_BS).astype(
-            np.float32
-        )  # nothing behind the candidates is never asked for
-        self.can_draw_BS = (self.drawn_BS > 0) & (most_draws > 0)
-        self.most_draws = most_draws
+        self.behind_BS = behind_BS
 
-    def shares(self, threshold_B: np.ndarray) -> Shares:
+    def head(self, threshold_B: np.ndarray) -> np.ndarray:
+        """int64 [B, S]: candidates that are likelier than a draw would stand for."""
+        return _count(self.p_KBS >= threshold_B.astype(np.float32)[:, None])
+
+    def bits(self, threshold_B: np.ndarray, cost: EntryBits) -> np.ndarray:
+        """float64 [B]: mean size of the labels that a threshold gives."""
         threshold = threshold_B.astype(np.float32)[:, None]
-        head = _count(self.p_KBS >= threshold)
-        head = np.where(self.can_draw_BS, head, np.maximum(head, min(1, len(self.p_KBS))))
-        tail = self.behind(head)
-        draws = np.maximum(np.rint(tail / threshold), np.float32(1.0))
-        total = np.where(self.can_draw_BS, head + draws, head).astype(np.float32)
-        joined = _count(self.joins_KBS <= total)
-        head = np.where(self.can_draw_BS, np.maximum(head, np.minimum(joined, total - 1)), head).astype(np.int64)
-        tail = self.behind(head)
-        draws = np.minimum(total - head, self.limit(tail))
-        return Shares(head, np.where(tail < NEGLIGIBLE_TAIL, 0, draws).astype(np.int64))
+        is_head_KBS = self.p_KBS >= threshold
+        head_BS = _count(is_head_KBS)
+        bits_BS = head_BS * cost.head + cost.token
+        if np.any(cost.draw):
+            tail_BS = self.behind_BS + np.where(is_head_KBS, np.float32(0.0), self.p_KBS).sum(axis=0)
+            draws_BS = tail_BS / threshold
+            bits_BS += draws_BS * np.reshape(cost.draw, (-1, 1)) + (1.0 - np.exp(-draws_BS)) * cost.any_draws
+        else:
+            bits_BS += (head_BS == 0) * cost.head  # the likeliest is always sent
+        total_B: np.ndarray = bits_BS.sum(axis=1)
+        return total_B
 
-    def behind(self, head_BS: np.ndarray) -> np.ndarray:
-        """float32 mass behind so many candidates."""
-        mass: np.ndarray = np.take_along_axis(self.tail, head_BS[None], axis=0)[0]
-        return mass
 
-    def limit(self, tail_BS: np.ndarray) -> np.ndarray:
-        """With more draws, more would have to come from behind all candidates than were drawn there."""
-        most_BS = np.floor(self.drawn_BS * tail_BS / np.maximum(self.tail[-1], np.float32(1e-9)))
-        result: np.ndarray = np.where(self.can_draw_BS, np.minimum(most_BS, self.most_draws), 0.0)
-        return result
+def threshold_of(
+    tokens: Tokens, cost: EntryBits, budget_bits: float, log_low: np.ndarray | float = ANYWHERE[0],
+    log_high: np.ndarray | float = ANYWHERE[1], precision: float = PRECISION,
+) -> np.ndarray:  # fmt: skip
+    """float64 [B]: the least threshold between two with which labels take at most so many bits a sample."""
+    samples = tokens.p_KBS.shape[1]
+    low, high = np.full(samples, log_low), np.full(samples, log_high)  # high keeps the budget, or nothing does
+    for _ in range(math.ceil(math.log2(float((high - low).max()) / precision))):
+        middle = (low + high) / 2
+        fits = tokens.bits(np.exp(middle), cost) <= budget_bits
+        low, high = np.where(fits, low, middle), np.where(fits, middle, high)
+    threshold_B: np.ndarray = np.exp(high)
+    return threshold_B
 
 
 def _count(mask_KBS: np.ndarray) -> np.ndarray:

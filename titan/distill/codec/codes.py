@@ -5,7 +5,7 @@ code + 1/2 - d. The error is uniform within half a step whatever the value was (
 tokens and replays like the noise of a draw does. A constant then takes out what the curve of the scale would leave:
 
 - a head entry: y = p^(1/4). The gradient is linear in p, and E[read] = p.
-- a draw: y = log p. The gradient is linear in 1 / p, and E[1 / read] = 1 / p.
+- a draw (titan.distill.codec.priority): y = log p. The gradient is linear in 1 / p, and E[1 / read] = 1 / p.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,23 @@ import numpy as np
 from titan.data.sampler import mix64
 
 GOLDEN = np.float32(0.6180339887)
-TAIL_NATS = 6.0
-"""Draws less likely than e^-6 of an even share of the tail are read as that: they make up at most e^-6 of it."""
 MASS_FLOOR = np.float32(2.0**-20)
 """The least probability that is left for the class that is not sent."""
 
 
-def token_uniform(step: int, sample_ids_B: np.ndarray, length: int, purpose: int) -> np.ndarray:
-    """float32 [B, S] in [0, 1), one a token: the same for the same step, sample, position and purpose."""
+def token_words(step: int, sample_ids_B: np.ndarray, length: int, purpose: int) -> np.ndarray:
+    """uint64 [B, S], one a token: the same for the same step, sample, position and purpose."""
     with np.errstate(over="ignore"):
         key = mix64(np.array([(step * 8 + purpose) % 2**64], np.uint64) + np.uint64(0x9E3779B97F4A7C15))
         sample = mix64(sample_ids_B.astype(np.int64).view(np.uint64) + key)
         stirred = mix64(sample[:, None] + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    return (stirred >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
+    return stirred
+
+
+def token_uniform(step: int, sample_ids_B: np.ndarray, length: int, purpose: int) -> np.ndarray:
+    """float32 [B, S] in [0, 1), one a token."""
+    words_BS = token_words(step, sample_ids_B, length, purpose)
+    return (words_BS >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
 
 
 def dither(token_BS: np.ndarray, slots: np.ndarray) -> np.ndarray:
@@ -69,38 +73,3 @@ class HeadScale:
         p = square * (square - np.float32(step**2 / 2)) + np.float32(7 / 240 * step**4)
         floored: np.ndarray = np.maximum(p, np.float32(step**4 / 100))
         return floored
-
-
-@dataclass(frozen=True)
-class DrawScale:
-    """Log-probabilities within the tail on an even scale. Off by at most half a step, and what `centre` shifts."""
-
-    bits: int
-    vocab_size: int
-
-    @property
-    def lowest(self) -> float:
-        """Log-probability of code 0."""
-        return float(-np.log(self.vocab_size) - TAIL_NATS)
-
-    @property
-    def step(self) -> float:
-        """Nats."""
-        return -self.lowest / ((1 << self.bits) - 1)
-
-    @property
-    def centre(self) -> float:
-        """Nats added so that E[1 / p] is right: E[e^-x] = sinh(s / 2) / (s / 2) for x uniform within half a step."""
-        return float(np.log(np.sinh(self.step / 2) / (self.step / 2)))
-
-    def encode(self, log_prob: np.ndarray, dither: np.ndarray) -> np.ndarray:
-        """uint32 codes."""
-        y = (np.clip(log_prob, self.lowest, 0.0) - np.float32(self.lowest)) * np.float32(1 / self.step)
-        codes: np.ndarray = np.minimum((y + dither).astype(np.uint32), np.uint32((1 << self.bits) - 1))
-        return codes
-
-    def decode(self, codes: np.ndarray, dither: np.ndarray) -> np.ndarray:
-        """float32 log-probabilities."""
-        steps = codes.astype(np.float32) + (np.float32(0.5) - dither)
-        read: np.ndarray = steps * np.float32(self.step) + np.float32(self.lowest + self.centre)
-        return read

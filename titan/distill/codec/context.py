@@ -1,23 +1,23 @@
 """What both sides of a label block know besides the labels, and the few numbers that a token has only one of."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from titan.distill.codec.bits import BitReader, BitWriter, width_of
 from titan.distill.codec.budget import EntryBits
-from titan.distill.codec.codes import DrawScale, HeadScale, token_uniform
-from titan.distill.codec.id_sets import set_bits
+from titan.distill.codec.codes import HeadScale, token_uniform
+from titan.distill.codec.priority import STEP, Turns, parts_of
 from titan.distill.codec.raw import RawLabels
 
 HEAD_BITS = 7
-DRAW_BITS = 5
 ENTROPY_BITS = 6
 ENTROPY_LEVELS = (1 << ENTROPY_BITS) - 1
 NORM_BITS = 16
 NORM_RANGE = 32.0
 """Log-norms lie within +-32 nats: those of T >= 1 are below log(V), of T >= 1/2 above -log(V)."""
-DITHER, PLACES, ENTROPY_DITHER, DRAW_DITHER = 1, 2, 3, 4
+DITHER, ENTROPY_DITHER, DRAW_DITHER = 1, 3, 4
 """Purposes of a token's pseudo-random numbers. A draw's error is multiplied with the tail's, so they must not agree."""
 
 
@@ -36,7 +36,6 @@ class Context:
     temperature: float = 1.0
     has_entropy: bool = False
     head_bits: int = HEAD_BITS
-    draw_bits: int = DRAW_BITS
 
     def uniform(self, purpose: int) -> np.ndarray:
         """float32 [B, S]."""
@@ -52,10 +51,10 @@ class Context:
         """Of the head's probabilities."""
         return HeadScale(self.head_bits)
 
-    @property
-    def draw_scale(self) -> DrawScale:
-        """Of the draws' log-probabilities within their token's tail."""
-        return DrawScale(self.draw_bits, self.vocab_size)
+    @cached_property
+    def turns(self) -> Turns:
+        """Of all tokens [B, S]: the random numbers that draws are made with."""
+        return Turns.of(self.step, self.sample_ids_B, self.length, self.vocab_size)
 
     @property
     def count_bits(self) -> int:
@@ -63,17 +62,18 @@ class Context:
         return width_of(self.candidates + 1)
 
     @property
-    def most_draws(self) -> int:
-        """Draws come from candidates that are no head, and from the teacher's draws."""
-        return self.candidates + self.draws if self.draws else 0
+    def usual_draw(self) -> float:
+        """About what a draw takes, in bits: log(p / (t u)) is 1 on average, and half of the draws have u < 2^-6."""
+        return max(1, self.id_bits - 5) + 2.0 + 1.0 / STEP
 
-    @property
-    def cost(self) -> EntryBits:
-        """Bits of a token's label, without what rounds a field up to whole bytes."""
+    def cost(self, draw: float | np.ndarray) -> EntryBits:
+        """Bits of a token's label, without what rounds a field up to whole bytes; a draw takes so many."""
         extras = self.has_entropy * ENTROPY_BITS + (self.temperature != 1.0) * NORM_BITS
-        token = self.count_bits + (self.candidates > 0) + (self.draws > 0) + extras
-        each, any_draws = set_bits(self.id_bits)
-        return EntryBits(self.id_bits + self.head_bits, each + self.draw_bits, token, any_draws)
+        token = self.count_bits + (self.candidates > 0) + extras
+        head = self.id_bits + self.head_bits
+        if not self.draws:
+            return EntryBits(head, 0.0, token)
+        return EntryBits(head, draw, token + 1 + 32 / self.length, parts_of(self.id_bits)[0])
 
     def entropy_codes(self, entropy_BS: np.ndarray) -> np.ndarray:
         """uint32 codes of nats; dithered, so that the mean over many tokens is right."""

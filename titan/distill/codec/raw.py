@@ -34,9 +34,11 @@ class RawLabels:
     entropy_BS: np.ndarray | None = None
     """float32 nats, at temperature 1."""
     draw_ids_BSM: np.ndarray | None = None
-    """int32, drawn from what is behind the head, or for `random` independently from the whole distribution."""
+    """int32, from behind the head in order of priority, or for `random` drawn from the whole distribution."""
     draw_log_prob_BSM: np.ndarray | None = None
     """float32 log-probabilities in p_T; -inf where there are fewer draws."""
+    threshold_BS: np.ndarray | None = None
+    """float32, after decoding: what each of a token's draws stands for, in p_T."""
     dense_BSV: np.ndarray | None = None
     """float32 log-probabilities at temperature 1."""
     hidden_BSD: np.ndarray | None = None
@@ -68,7 +70,7 @@ class RawLabels:
             )
         if self.codec == "random":
             return SampleLabels(self.ids_BSK, self.log_prob_BSK, "none", entropy_BS=self.entropy_BS)
-        draws = (self.draw_ids_BSM, self.draw_log_prob_BSM) if same else (None, None)
+        draws = (self.draw_ids_BSM, self.draw_log_prob_BSM, self.threshold_BS) if same else (None, None, None)
         log_prob = self.tempered_log_prob() if same else self.log_prob_BSK
         return SampleLabels(self.ids_BSK, log_prob, "bucket", *draws, self.entropy_BS)
 

@@ -1,60 +1,65 @@
 """The codecs `sampled` and `top_k`: the likeliest entries of each token, and draws from what is behind them.
 
-A token has k entries and m draws. Of its k + 1 classes (the entries, and the tail behind them) all but one are sent as
-probabilities: the one left out is the larger of the first entry and the tail, and is what the others leave. So masses
-sum to one exactly, a small tail keeps its relative accuracy, and no class is wrong by more than the others together.
-Draws are sent as a set of ids (titan.distill.codec.id_sets), their probabilities as shares of the tail as it is read.
+A token has a threshold, a head of k entries above it, and draws of what is below (titan.distill.codec.priority). Of its
+k + 1 classes (the head's entries, and the tail behind them) all but one are sent as probabilities: the one left out is
+the larger of the first entry and the tail, and is what the others leave. So masses sum to one exactly, a small tail
+keeps its relative accuracy, and no class is wrong by more than the others together.
 
-The teacher gives K candidates and draws from behind all of them. Where fewer than K become the head, draws from behind
-the head are made here: on the line of its tail's mass, candidates first, m points lie one stride apart (systematic
-sampling: each entry is hit with the probability it should have, none twice that is smaller than a stride), and the
-points beyond the candidates take the teacher's draws, any first few of which are a sample.
+The teacher gives K candidates, and of the entries behind them those of highest priority. Under a budget all even tokens
+of a sample have one threshold, and all odd ones (titan.distill.codec.budget). A token's own is higher where the teacher
+has not given all that are above it: it then is the priority of the last that the teacher gave, which itself is left
+out, or the largest probability behind the candidates. Rounded up, as it is sent, and draws are compared with that.
 
 Shape letters as in titan.distill.codec.raw; E entries of all tokens in a row.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from titan.distill.codec.bits import BitReader, BitWriter
-from titan.distill.codec.budget import Shares, everything, share_out
+from titan.distill.codec.budget import Tokens, threshold_of
 from titan.distill.codec.codes import MASS_FLOOR, dither
 from titan.distill.codec.context import (
     DITHER,
     DRAW_DITHER,
-    PLACES,
     Context,
     read_entropy,
     read_norm,
     write_entropy,
     write_norm,
 )
-from titan.distill.codec.id_sets import read_id_sets, write_id_sets
+from titan.distill.codec.priority import draw_bits, read_places, read_ratios, write_places, write_ratios
 from titan.distill.codec.raw import CodecName, RawLabels
+from titan.errors import LabelError
+
+LOWEST, NATS = -24.0, 32.0
+"""Logarithms of thresholds are from -24 to 8: above 0 only for a label of one or two draws."""
+LEVELS = 0xFFFF
+ROUGH, NEAR = 0.1, 0.7
+"""Nats: how well a threshold is known from what draws usually take, and how far the right one may be from it."""
+FEW = 8
+"""Draws of an expected size that a sample's own are added to, for what a draw takes on average."""
 
 
 def encode_sampled(raw: RawLabels, context: Context, budget_bytes: float | None, writer: BitWriter) -> None:
     """Write the labels. budget_bytes: mean size of a token's label; None sends everything there is."""
     assert raw.ids_BSK is not None
     p_BSK = np.exp(raw.tempered_log_prob())
-    drawn_BS = np.zeros(p_BSK.shape[:2], np.int64)
-    if context.draws and raw.draw_log_prob_BSM is not None:
-        drawn_BS = np.count_nonzero(raw.draw_log_prob_BSM > -np.inf, axis=-1)
-    if budget_bytes is None:
-        shares = everything(p_BSK, drawn_BS)
-    else:
-        shares = share_out(p_BSK, drawn_BS, context.most_draws, context.cost, budget_bytes)
-    ids_E, log_prob_E, draws_BS = _draws(raw, p_BSK, shares, context)
-    writer.add(shares.head_BS, context.count_bits)
-    uniform_BS = context.uniform(DITHER)
-    tail_BS = np.ones(drawn_BS.shape, np.float32)
-    if context.candidates:
-        tail_BS = _write_head(raw.ids_BSK, p_BSK, shares.head_BS, uniform_BS, context, writer)
+    tail = _Tail.of(raw, p_BSK, context)
+    threshold_BS = np.full(p_BSK.shape[:2], np.exp(LOWEST))
+    if budget_bytes is not None:
+        threshold_BS = _thresholds_within(budget_bytes * 8 * context.length, p_BSK, tail, context)
     if context.draws:
-        write_id_sets(ids_E, draws_BS.ravel(), context.id_bits, writer)
-        share_E = log_prob_E - np.repeat(np.log(tail_BS).ravel(), draws_BS.ravel())
-        writer.add(
-            context.draw_scale.encode(share_E, _dither(context.uniform(DRAW_DITHER), draws_BS)), context.draw_bits
-        )
+        threshold_BS = _write_thresholds(threshold_BS, tail.least_BS, writer)
+    head_BS = np.count_nonzero(p_BSK >= threshold_BS[..., None], axis=-1)
+    if not context.draws:
+        head_BS = np.maximum(head_BS, min(1, context.candidates))
+    writer.add(head_BS, context.count_bits)
+    if context.candidates:
+        _write_head(raw.ids_BSK, p_BSK, head_BS, context, writer)
+    if context.draws:
+        _write_draws(tail, threshold_BS, context, writer)
     write_entropy(raw, context, writer)
     write_norm(raw, context, writer)
 
@@ -62,36 +67,133 @@ def encode_sampled(raw: RawLabels, context: Context, budget_bytes: float | None,
 def decode_sampled(codec: CodecName, context: Context, reader: BitReader) -> RawLabels:
     """Inverse of `encode_sampled` up to rounding; as wide as the token with most entries."""
     shape = (len(context.sample_ids_B), context.length)
+    threshold_BS = _read_thresholds(shape, reader) if context.draws else None
     head_BS = reader.take(shape[0] * shape[1], context.count_bits).astype(np.int64).reshape(shape)
-    uniform_BS = context.uniform(DITHER)
-    ids_BSK, p_BSK, tail_BS = (
-        np.zeros((*shape, 0), np.int32),
-        np.zeros((*shape, 0), np.float32),
-        np.ones(shape, np.float32),
-    )
+    ids_BSK, p_BSK = np.zeros((*shape, 0), np.int32), np.zeros((*shape, 0), np.float32)
     if context.candidates:
         ids_BSK = _spread(reader.take(int(head_BS.sum()), context.id_bits).astype(np.int32), _first(head_BS), 0)
         first_is_sent_BS = reader.take(head_BS.size, 1).reshape(shape) > 0
-        p_BSK, tail_BS = _read_masses(reader.take(int(head_BS.sum()), context.head_bits), first_is_sent_BS, head_BS,
-                                      uniform_BS, context)  # fmt: skip
+        p_BSK = _read_masses(reader.take(int(head_BS.sum()), context.head_bits), first_is_sent_BS, head_BS, context)
     with np.errstate(divide="ignore"):
         log_prob_BSK = np.log(p_BSK)
     draw_ids = draw_log_prob = None
-    if context.draws:
-        ids_E, counts_N = read_id_sets(head_BS.size, context.id_bits, reader)
-        draws_BS = counts_N.reshape(shape)
-        in_draws = _first(draws_BS)
-        draw_ids = _spread(ids_E, in_draws, 0)
-        codes = reader.take(len(ids_E), context.draw_bits)
-        share_E = context.draw_scale.decode(codes, _dither(context.uniform(DRAW_DITHER), draws_BS))
-        draw_log_prob = _spread(share_E + np.repeat(np.log(tail_BS).ravel(), counts_N), in_draws, -np.inf)
+    if threshold_BS is not None:
+        draw_ids, draw_log_prob = _read_draws(threshold_BS, context, reader)
+        threshold_BS = threshold_BS.astype(np.float32)
     entropy_BS = read_entropy(context, reader)
     norm_BS = read_norm(context, reader)
     if norm_BS is not None:
-        log_prob_BSK = (log_prob_BSK + norm_BS[..., None]) * np.float32(context.temperature)
+        log_prob_BSK = ((log_prob_BSK + norm_BS[..., None]) * np.float32(context.temperature)).astype(np.float32)
     return RawLabels(
-        codec, context.temperature, ids_BSK, log_prob_BSK, norm_BS, entropy_BS, draw_ids, draw_log_prob
-    )  # fmt: skip
+        codec, context.temperature, ids_BSK, log_prob_BSK, norm_BS, entropy_BS, draw_ids, draw_log_prob, threshold_BS
+    )
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """What may be drawn: all candidates, and behind them what the teacher gave. J = K + M."""
+
+    p_BSJ: np.ndarray
+    uniform_BSJ: np.ndarray
+    places_BSJ: np.ndarray
+    behind_BS: np.ndarray
+    """Mass behind all candidates."""
+    least_BS: np.ndarray
+    """The least threshold that has nothing above it but what is here; 0 where everything is here."""
+
+    @classmethod
+    def of(cls, raw: RawLabels, p_BSK: np.ndarray, context: Context) -> "_Tail":
+        shape = p_BSK.shape[:2]
+        if not context.draws or raw.draw_ids_BSM is None or raw.draw_log_prob_BSM is None:
+            nothing = np.zeros((*shape, 0))
+            return cls(nothing, nothing, nothing, np.zeros(shape, np.float32), np.zeros(shape))
+        p_BSM = np.exp(raw.draw_log_prob_BSM.astype(np.float64))
+        ids_BSJ = np.concatenate([raw.ids_BSK, raw.draw_ids_BSM], axis=-1) if context.candidates else raw.draw_ids_BSM
+        uniform_BSJ = context.turns.uniform(ids_BSJ)
+        least_BS = np.maximum(p_BSM[..., -1] / uniform_BSJ[..., -1], p_BSM.max(axis=-1))
+        behind_BS = np.where(p_BSM[..., 0] > 0, np.maximum(1.0 - p_BSK.sum(axis=-1), 0.0), 0.0)
+        p_BSJ = np.concatenate([p_BSK, p_BSM], axis=-1)
+        return cls(p_BSJ, uniform_BSJ, context.turns.places(ids_BSJ), behind_BS.astype(np.float32), least_BS)
+
+    def drawn(self, threshold_BS: np.ndarray) -> np.ndarray:
+        """Bool [B, S, J]."""
+        threshold_BS1 = threshold_BS[..., None]
+        drawn_BSJ: np.ndarray = (self.p_BSJ < threshold_BS1) & (self.p_BSJ > threshold_BS1 * self.uniform_BSJ)
+        return drawn_BSJ
+
+    def mean_bits(self, threshold_B: np.ndarray, context: Context) -> np.ndarray:
+        """float64 [2, B]: of a sample's draws, those of its even and those of its odd tokens."""
+        threshold_BS = np.maximum(threshold_B[:, None], self.least_BS)
+        drawn = self.drawn(threshold_BS)
+        at = np.flatnonzero(drawn)
+        token_E = at // drawn.shape[-1]
+        ratio_E = self.p_BSJ.ravel()[at] / (threshold_BS.ravel()[token_E] * self.uniform_BSJ.ravel()[at])
+        bits_E = draw_bits(self.places_BSJ.ravel()[at], np.log(ratio_E), context.id_bits)
+        group_E = token_E % context.length % 2 * len(threshold_B) + token_E // context.length
+        total, count = (np.bincount(group_E, weight, 2 * len(threshold_B)) for weight in (bits_E, None))
+        mean_2B: np.ndarray = ((total + FEW * context.usual_draw) / (count + FEW)).reshape(2, -1)
+        return mean_2B
+
+
+def _thresholds_within(budget_bits: float, p_BSK: np.ndarray, tail: _Tail, context: Context) -> np.ndarray:
+    """float64 [B, S]. What draws take is told to even tokens by the odd ones' and to odd tokens by the even ones', so
+    that no token's threshold depends on its own draws, which would be biased.
+    """
+    tokens = Tokens(p_BSK, tail.behind_BS)
+    if not context.draws:
+        return np.repeat(threshold_of(tokens, context.cost(0.0), budget_bits)[:, None], context.length, axis=1)
+    usual_B = threshold_of(tokens, context.cost(context.usual_draw), budget_bits, precision=ROUGH)
+    near = np.log(usual_B) - NEAR, np.minimum(np.log(usual_B) + NEAR, 0.0)
+    even_B, odd_B = tail.mean_bits(usual_B, context)
+    threshold_BS = np.empty(p_BSK.shape[:2])
+    threshold_BS[:, ::2] = threshold_of(tokens, context.cost(odd_B), budget_bits, *near)[:, None]
+    threshold_BS[:, 1::2] = threshold_of(tokens, context.cost(even_B), budget_bits, *near)[:, None]
+    return threshold_BS
+
+
+def _write_thresholds(threshold_BS: np.ndarray, least_BS: np.ndarray, writer: BitWriter) -> np.ndarray:
+    """Each sample's two, and those of the tokens that need a higher one; returns them as they will be read."""
+    codes_B2 = _threshold_codes(threshold_BS[:, : 2 if threshold_BS.shape[1] > 1 else 1])
+    read_BS = _by_parity(codes_B2, threshold_BS.shape[1])
+    own_BS = least_BS > read_BS
+    codes_E = _threshold_codes(least_BS[own_BS])
+    writer.add_array(codes_B2, "<u2")
+    writer.add_array(np.array([len(codes_E)]), "<u4")
+    if len(codes_E):
+        writer.add(own_BS, 1)
+        writer.add_array(codes_E, "<u2")
+    read_BS[own_BS] = _thresholds(codes_E)
+    return read_BS
+
+
+def _read_thresholds(shape: tuple[int, int], reader: BitReader) -> np.ndarray:
+    """float64 [B, S]."""
+    threshold_BS = _by_parity(reader.take_array((shape[0], min(2, shape[1])), "<u2"), shape[1])
+    count = int(reader.take_array((1,), "<u4")[0])
+    if count:
+        own_BS = reader.take(threshold_BS.size, 1).reshape(shape) > 0
+        if np.count_nonzero(own_BS) != count:
+            raise LabelError(f"label data is damaged: {count} tokens have {np.count_nonzero(own_BS)} thresholds")
+        threshold_BS[own_BS] = _thresholds(reader.take_array((count,), "<u2"))
+    return threshold_BS
+
+
+def _by_parity(codes_B2: np.ndarray, length: int) -> np.ndarray:
+    """float64 [B, S]: of even and of odd tokens."""
+    threshold_BS: np.ndarray = _thresholds(codes_B2)[:, np.arange(length) % 2]
+    return threshold_BS
+
+
+def _threshold_codes(threshold: np.ndarray) -> np.ndarray:
+    """Rounded up."""
+    steps = (np.log(np.maximum(threshold, np.exp(LOWEST))) - LOWEST) * (LEVELS / NATS)
+    codes: np.ndarray = np.minimum(np.ceil(steps + 1e-6), LEVELS).astype(np.int64)
+    return codes
+
+
+def _thresholds(codes: np.ndarray) -> np.ndarray:
+    read: np.ndarray = np.exp(codes.astype(np.float64) * (NATS / LEVELS) + LOWEST)
+    return read
 
 
 def _first(counts_BS: np.ndarray) -> np.ndarray:
@@ -115,10 +217,8 @@ def _dither(uniform_BS: np.ndarray, counts_BS: np.ndarray) -> np.ndarray:
 
 
 def _write_head(
-    ids_BSK: np.ndarray, p_BSK: np.ndarray, head_BS: np.ndarray, uniform_BS: np.ndarray, context: Context,
-    writer: BitWriter,
-) -> np.ndarray:  # fmt: skip
-    """float32 [B, S]: mass of the tail as it will be read."""
+    ids_BSK: np.ndarray, p_BSK: np.ndarray, head_BS: np.ndarray, context: Context, writer: BitWriter
+) -> None:
     in_head = np.arange(context.candidates) < head_BS[..., None]
     writer.add(ids_BSK[in_head], context.id_bits)
     tail_BS = 1.0 - np.where(in_head, p_BSK, np.float32(0.0)).sum(axis=-1)
@@ -126,68 +226,49 @@ def _write_head(
     writer.add(first_is_sent_BS, 1)
     sent_BSK = p_BSK.copy()
     sent_BSK[..., 0] = np.where(first_is_sent_BS, p_BSK[..., 0], tail_BS)
-    codes_E = context.head_scale.encode(sent_BSK[in_head], _dither(uniform_BS, head_BS))
-    writer.add(codes_E, context.head_bits)
-    return _read_masses(codes_E, first_is_sent_BS, head_BS, uniform_BS, context)[1]
+    writer.add(
+        context.head_scale.encode(sent_BSK[in_head], _dither(context.uniform(DITHER), head_BS)), context.head_bits
+    )
 
 
 def _read_masses(
-    codes_E: np.ndarray, first_is_sent_BS: np.ndarray, head_BS: np.ndarray, uniform_BS: np.ndarray, context: Context
-) -> tuple[np.ndarray, np.ndarray]:
-    """float32 probabilities at the log's temperature, 0 where a token has fewer entries; and masses of the tails.
+    codes_E: np.ndarray, first_is_sent_BS: np.ndarray, head_BS: np.ndarray, context: Context
+) -> np.ndarray:
+    """float32 probabilities at the log's temperature, 0 where a token has fewer entries.
 
     first is sent: what the others leave is the tail's; else it is the first entry's
     """
-    p_BSK = _spread(context.head_scale.decode(codes_E, _dither(uniform_BS, head_BS)), _first(head_BS), 0.0)
+    dither_E = _dither(context.uniform(DITHER), head_BS)
+    p_BSK = _spread(context.head_scale.decode(codes_E, dither_E), _first(head_BS), 0.0)
     sent_BS = p_BSK.sum(axis=-1)
     shrink_BS = np.minimum(1.0, (1 - MASS_FLOOR) / np.maximum(sent_BS, MASS_FLOOR))
     p_BSK *= shrink_BS[..., None]  # only where rounding left nothing for the class that is not sent
-    rest_BS = np.maximum(1.0 - p_BSK.sum(axis=-1), MASS_FLOOR)
-    if not p_BSK.shape[-1]:
-        return p_BSK, rest_BS
-    tail_BS = np.where(first_is_sent_BS | (head_BS == 0), rest_BS, p_BSK[..., 0])
-    p_BSK[..., 0] = np.where(head_BS == 0, 0.0, np.where(first_is_sent_BS, p_BSK[..., 0], rest_BS))
-    return p_BSK, tail_BS
+    if p_BSK.shape[-1]:
+        rest_BS = np.maximum(1.0 - p_BSK.sum(axis=-1), MASS_FLOOR)
+        p_BSK[..., 0] = np.where(first_is_sent_BS | (head_BS == 0), p_BSK[..., 0], rest_BS)
+    return p_BSK
 
 
-def _draws(
-    raw: RawLabels, p_BSK: np.ndarray, shares: Shares, context: Context
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Draws from behind each token's head, ids rising: ids [E], log-probabilities [E], and how many each has [B, S]."""
-    assert raw.ids_BSK is not None
-    draws_BS = shares.draws_BS
-    if not context.draws or raw.draw_ids_BSM is None or raw.draw_log_prob_BSM is None:
-        return np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros_like(draws_BS)
-    available_BS = np.count_nonzero(raw.draw_log_prob_BSM > -np.inf, axis=-1)
-    times = np.zeros((*draws_BS.shape, context.candidates + context.draws), np.int16)
-    left_BS = draws_BS
-    if context.candidates:
-        behind_BSK = np.where(np.arange(context.candidates) < shares.head_BS[..., None], np.float32(0.0), p_BSK)
-        upto_BSK = np.cumsum(behind_BSK, axis=-1, dtype=np.float32)
-        tail_BS = np.where(available_BS > 0, 1.0 - (p_BSK - behind_BSK).sum(axis=-1), upto_BSK[..., -1])
-        stride_BS = np.maximum(tail_BS, np.float32(1e-12)) / np.maximum(draws_BS, 1).astype(np.float32)
-        points_BSK = upto_BSK / stride_BS[..., None] - context.uniform(PLACES)[..., None]
-        hit_BSK = np.clip(np.ceil(points_BSK), 0.0, draws_BS[..., None].astype(np.float32)).astype(np.int16)
-        times[..., 0] = hit_BSK[..., 0]  # of the points j + uniform, those below the first candidate's end
-        times[..., 1 : context.candidates] = hit_BSK[..., 1:] - hit_BSK[..., :-1]
-        left_BS = draws_BS - hit_BSK[..., -1]
-    beyond_BS = np.minimum(left_BS, available_BS)
-    times[..., context.candidates :] = np.arange(context.draws) < beyond_BS[..., None]
-    hit = np.flatnonzero(times)
-    token_E, column_E = np.divmod(np.repeat(hit, times.ravel()[hit]), times.shape[-1])
-    own_E = column_E < context.candidates
-    own, others = (token_E[own_E], column_E[own_E]), (token_E[~own_E], column_E[~own_E] - context.candidates)
-    ids_E, log_prob_E = np.empty(len(token_E), np.int32), np.empty(len(token_E), np.float32)
-    norm_BS = raw.log_norm_BS if raw.temperature != 1.0 else np.zeros(draws_BS.shape, np.float32)
-    assert raw.log_prob_BSK is not None and norm_BS is not None
-    ids_E[own_E] = _flat(raw.ids_BSK)[own]
-    log_prob_E[own_E] = _flat(raw.log_prob_BSK)[own] / np.float32(raw.temperature) - norm_BS.ravel()[own[0]]
-    ids_E[~own_E] = _flat(raw.draw_ids_BSM)[others]
-    log_prob_E[~own_E] = _flat(raw.draw_log_prob_BSM)[others]
-    rising = np.argsort(token_E * context.vocab_size + ids_E, kind="stable")
-    return ids_E[rising], log_prob_E[rising], draws_BS - left_BS + beyond_BS
+def _write_draws(tail: _Tail, threshold_BS: np.ndarray, context: Context, writer: BitWriter) -> None:
+    drawn = np.flatnonzero(tail.drawn(threshold_BS))
+    token_E = drawn // tail.p_BSJ.shape[-1]
+    place_E = tail.places_BSJ.ravel()[drawn]
+    rising = np.argsort(token_E << context.id_bits | place_E)
+    drawn, place_E = drawn[rising], place_E[rising]
+    counts_BS = np.bincount(token_E, minlength=threshold_BS.size).reshape(threshold_BS.shape)
+    write_places(place_E, counts_BS.ravel(), context.id_bits, writer)
+    ratio_E = tail.p_BSJ.ravel()[drawn] / (threshold_BS.ravel()[token_E] * tail.uniform_BSJ.ravel()[drawn])
+    write_ratios(np.log(ratio_E), _dither(context.uniform(DRAW_DITHER), counts_BS), writer)
 
 
-def _flat(x_BSK: np.ndarray) -> np.ndarray:
-    """[B * S, K]."""
-    return x_BSK.reshape(x_BSK.shape[0] * x_BSK.shape[1], x_BSK.shape[2])
+def _read_draws(threshold_BS: np.ndarray, context: Context, reader: BitReader) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probabilities, -inf where a token has fewer."""
+    place_E, counts_N = read_places(threshold_BS.size, context.id_bits, reader)
+    counts_BS = counts_N.reshape(threshold_BS.shape)
+    token_E = np.repeat(np.arange(len(counts_N)), counts_N)
+    here = context.turns.at(token_E)
+    ids_E = here.ids(place_E)
+    ratio_E = read_ratios(_dither(context.uniform(DRAW_DITHER), counts_BS), reader)
+    log_prob_E = ratio_E + np.log(threshold_BS.ravel()[token_E] * here.uniform(ids_E))
+    in_draws = _first(counts_BS)
+    return _spread(ids_E, in_draws, 0), _spread(log_prob_E.astype(np.float32), in_draws, -np.inf)
