@@ -46,7 +46,8 @@ class Teacher:
     uniform_BSV: np.ndarray
     """The random numbers that draws are made with."""
     least_BS: np.ndarray
-    """The least threshold that has nothing above it but what the teacher said; 0 where nothing is behind the head."""
+    """The least threshold that surely has nothing above it but what the teacher said, by a margin for chance; 0 where
+    nothing is behind the head."""
     vocab: int
     """Ids are below this."""
 
@@ -100,7 +101,12 @@ def teacher(
         np.where(there, order * spread, 0).astype(np.int32),
         np.where(there, np.take_along_axis(said, order, -1), -np.inf).astype(np.float32),
     )
-    return Teacher(raw, p, uniform, np.maximum(least, behind.max(-1)) if draws else least, entries * spread)
+    if draws:
+        mass = np.maximum(1 - np.exp(raw.tempered_log_prob()).sum(-1), 0.0)  # in float32, as labels know it
+        enough = max(1.0, draws - 2.5 * draws**0.5)
+        least = np.maximum(least, np.where(there[..., -1], mass / enough, 0.0))
+        least = np.maximum(least, behind.max(-1))
+    return Teacher(raw, p, uniform, least, entries * spread)
 
 
 def replace_draws(raw: RawLabels, ids_BSM: np.ndarray, log_prob_BSM: np.ndarray) -> RawLabels:

@@ -12,7 +12,9 @@ def uniforms(draws: TailDraws, ids_NM: Tensor, size: int) -> Tensor:
     a, b, c, d = token_turns(draws).split(1, dim=1)
     width = max(0, size - 1).bit_length()
     fraction = ((c * ids_NM + d) % 2**32).div(2**8, rounding_mode="floor")
-    return ((a * ids_NM + b) % 2**width + (fraction + 0.5) / 2**24) / 2**width
+    place = (a * ids_NM + b) % 2**width
+    place = c * (place ^ place >> (width + 1) // 2) % 2**width
+    return ((place ^ place >> (width + 1) // 2) + (fraction + 0.5) / 2**24) / 2**width
 
 
 def priorities(says: TeacherSays, draws: TailDraws, size: int) -> Tensor:

@@ -118,12 +118,14 @@ def test_each_sample_keeps_its_budget_and_has_all_that_its_threshold_says(mix: s
     read = round_trip(block, vocab, budget).labels.at(1.0)
     assert read.draw_mass_BS is not None
     threshold = exact(read.draw_mass_BS)
+    of_sample = threshold.copy()
     for parity in (0, 1):
         shared = threshold[:, parity::2].min(axis=1)
+        of_sample[:, parity::2] = shared[:, None]
         needed = np.maximum(said.least_BS[:, parity::2], shared[:, None])
         assert ((threshold[:, parity::2] >= needed) & (threshold[:, parity::2] < needed * 1.0006)).all()
     assert np.mean(said.least_BS > threshold * 0.999) < 0.1, "the list of nearly all tokens was long enough"
-    check_head(said, threshold, read)
+    check_head(said, of_sample, read)
     check_draws(said, threshold, read)
     peak = said.p_BSV.max(-1)
     if mix == "mixed":
@@ -134,7 +136,7 @@ def test_each_sample_keeps_its_budget_and_has_all_that_its_threshold_says(mix: s
 
 def test_where_the_teacher_has_not_said_enough_for_the_budget_a_token_has_a_threshold_of_its_own() -> None:
     """Of 4,000 tokens some have their last priority just above the sample's threshold, others just below."""
-    said = teacher(zipf_p("flat", 300, 40, 100), 8, 12)
+    said = teacher(zipf_p("mixed", 300, 40, 100), 8, 20)
     read = round_trip(block_of(said.raw, 300), 300, 20.0).labels.at(1.0)
     assert read.draw_mass_BS is not None
     threshold = exact(read.draw_mass_BS)
@@ -236,15 +238,12 @@ def test_the_gradient_is_right_on_average_within_a_budget(
         assert (np.abs(bias) <= 4.5 * noise + stated).all(), (control, (np.abs(bias) / noise).max())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the head of such a token depends on its draws; numbers of ids are not independent"
-)
 @pytest.mark.parametrize("control", [0.0, 1.0])
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
 def test_the_gradient_is_right_on_average_where_a_token_has_a_threshold_of_its_own(
     exponent: float, control: float
 ) -> None:
     """The teacher has said few draws, there is no budget, and ids are few of many, so that places hardly collide."""
-    said = teacher(np.broadcast_to(zipf(40, exponent), (1000, 100, 40)), 12, 7, spread=101)
+    said = teacher(np.broadcast_to(zipf(40, exponent), (1000, 100, 40)), 12, 16, spread=101)
     bias, noise, stated = bias_and_noise(said, None, control)
     assert (np.abs(bias) <= 4.5 * noise + stated).all(), (np.abs(bias) / noise).max()

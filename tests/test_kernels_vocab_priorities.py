@@ -63,7 +63,10 @@ def brute_force(
             v = start + column
             if v >= size or logit > top or v in taken:
                 continue
-            uniform = ((a * v + b) % 2**bits + (((c * v + d) % 2**32) // 2**8 + 0.5) / 2**24) / 2**bits
+            place = (a * v + b) % 2**bits
+            place = c * (place ^ place >> (bits + 1) // 2) % 2**bits
+            place ^= place >> (bits + 1) // 2
+            uniform = (place + (((c * v + d) % 2**32) // 2**8 + 0.5) / 2**24) / 2**bits
             if powers[column] > 0:
                 priorities[v] = powers[column] / uniform
         found.append(priorities)

@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.label_logs import MANIFEST, Producer, assert_whole, encoded, only_segment, read_all, restore, snapshot
+from titan.distill.codec.block import FORMAT_VERSION, HEADER_BYTES
 from titan.distill.log.ledger import Ledger, Place, ledger_path, read_ledger
 from titan.distill.log.manifest import write_manifest
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.records import COMMITS
 from titan.distill.log.repair import reopen
-from titan.distill.log.segment import segments_of
+from titan.distill.log.segment import scan, segments_of
 from titan.distill.log.verify import verify_log
+from titan.errors import LabelError
 
 FORK = multiprocessing.get_context("fork")
 
@@ -225,3 +228,25 @@ def test_a_producer_that_dies_between_two_files_leaves_one_step_at_most(tmp_path
     assert verify_log(tmp_path).steps == 2
     assert reopen(tmp_path) == 2
     assert only_segment(tmp_path).stat().st_size == 4 * len(encoded(1))
+
+
+def test_a_block_of_another_version_is_no_damage_and_is_not_cut_off(tmp_path: Path) -> None:
+    """Whoever reads or repairs the log says which titan it takes, and leaves it as it was."""
+    write_manifest(tmp_path, MANIFEST)
+    producer = Producer(tmp_path, dp=1)
+    producer.steps(1, 3)
+    producer.close()
+    path = only_segment(tmp_path, 0)
+    last = list(scan(path))[-1]
+    data = bytearray(path.read_bytes())
+    data[last.offset : last.offset + HEADER_BYTES] = replace(last.header, version=FORMAT_VERSION + 1).pack()
+    path.write_bytes(data)
+    message = rf"{path}, block at byte {last.offset}: .* format version {FORMAT_VERSION + 1}, .*; update titan"
+    reader = LabelReader(tmp_path, 0.0)
+    commit = reader.wait_commit(3)
+    assert commit is not None
+    for action in (lambda: reader.read(commit), lambda: reopen(tmp_path)):
+        with pytest.raises(LabelError, match=message):
+            action()
+    reader.close()
+    assert path.read_bytes() == data

@@ -153,7 +153,7 @@ def _label_mistakes(config: RunConfig) -> Iterator[str]:
     if config.labels.codec == "sampled" and config.labels.draws < FEWEST_DRAWS:
         yield (
             f"labels.draws is {config.labels.draws}; with labels.codec sampled at least {FEWEST_DRAWS} are needed, "
-            "or what a draw stands for would be mostly chance; leave it out for 32"
+            "or what a draw stands for would be mostly chance; leave it out for 48"
         )
 
     for student in config.students if config.teacher.log is None else ():  # of a log its own codec counts

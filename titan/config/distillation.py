@@ -112,7 +112,7 @@ class LabelSettings(Section):
     teacher's last hidden states, and once a step its output weight, from which students make all of them again."""
     top_k: Annotated[int, Field(ge=1, le=1024)] = 15
     """Most likely entries that a label of `sampled` or `top_k` may have; a 16th would make their count longer."""
-    draws: Annotated[int, Field(ge=1, le=1024)] = 32
+    draws: Annotated[int, Field(ge=1, le=1024)] = 48
     """Drawn entries that a label of `sampled` may have beyond those; for `random` the number of draws (50 there)."""
     bytes_per_token: Annotated[float, Field(ge=4.0)] | None = 36.0
     """Mean size of a label with `sampled` and `top_k`, in every sample; absent, every entry is sent."""

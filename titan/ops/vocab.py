@@ -86,7 +86,8 @@ def vocab_tail_priorities(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The tail entries of highest priority e^((z - t)/T) / u, where u(v) in (0, 1) is a number that readers know too.
 
-    u(v) = (r + (f + 1/2) / 2^24) / 2^w,  r = (a v + b) mod 2^w,  f = floor((c v + d) mod 2^32 / 2^8),  2^w >= size
+    u(v) = (r + (f + 1/2) / 2^24) / 2^w,  f = floor((c v + d) mod 2^32 / 2^8),  2^w >= size
+    r = s(c s(a v + b)) mod 2^w,  s(x) = x xor floor(x / 2^h) for x mod 2^w,  h = ceil(w / 2): a permutation
 
     threshold: float32, the largest logit of the tail
     head ids:  all above it, and those of the equal ones that are taken
@@ -191,7 +192,11 @@ def vocab_tail_priorities_twin(
     id_V = torch.arange(start, start + z_NV.shape[1], device=z_NV.device)
     width = max(0, size - 1).bit_length()
     a_N1, b_N1, c_N1, d_N1 = (turns_N4[:, j : j + 1] for j in range(4))
-    place_NV = a_N1 * id_V + b_N1 & (1 << width) - 1
+    mask, half = (1 << width) - 1, (width + 1) // 2
+    place_NV = a_N1 * id_V + b_N1 & mask
+    place_NV ^= place_NV >> half
+    place_NV = c_N1 * place_NV & mask
+    place_NV ^= place_NV >> half
     fraction_NV = (c_N1 * id_V + d_N1 & 0xFFFFFFFF) >> 8
     uniform_NV = (place_NV + (fraction_NV + 0.5) * 2.0**-24) * 2.0**-width
     priority_NV = _without(power_NV / uniform_NV, head_ids_NK, start)

@@ -29,6 +29,10 @@ HEADER_BYTES = _HEADER.size + 4
 _HAS_ENTROPY, _HAS_WEIGHT = 1, 2
 
 
+class VersionError(LabelError):
+    """A block that is intact, and of a version of the format that this titan does not read."""
+
+
 @dataclass(frozen=True)
 class BlockHeader:
     """What a block holds, readable without its payload."""
@@ -67,7 +71,7 @@ class BlockHeader:
 
     @staticmethod
     def unpack(data: bytes) -> "BlockHeader":
-        """Inverse of pack. Raises LabelError if the bytes are no intact header, or one of another version."""
+        """Inverse of pack. Raises LabelError for bytes that are no intact header, VersionError for another version."""
         if data[:4] == OLD_MAGIC:
             raise _too_old(1)
         body, checksum = data[: _HEADER.size], data[_HEADER.size :]
@@ -75,7 +79,7 @@ class BlockHeader:
             raise LabelError("a label block's header is damaged")
         version = int.from_bytes(body[4:6], "little")
         if version > FORMAT_VERSION:
-            raise LabelError(
+            raise VersionError(
                 f"a label block has format version {version}, this titan reads up to {FORMAT_VERSION}; update titan"
             )
         if version < OLDEST_VERSION or (version < FORMAT_VERSION and body[6] == CODEC_IDS["sampled"]):
@@ -146,8 +150,8 @@ def decode_block(header: BlockHeader, payload: bytes) -> LabelBlock:
     return LabelBlock(header.step, header.first_sample, sample_ids_B, tokens_BS1, labels)
 
 
-def _too_old(version: int) -> LabelError:
-    return LabelError(f"a label block has format version {version}, which this titan no longer reads; make a new log")
+def _too_old(version: int) -> VersionError:
+    return VersionError(f"a label block has format version {version}, which this titan no longer reads; make a new log")
 
 
 def _entries(raw: RawLabels) -> int:

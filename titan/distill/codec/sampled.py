@@ -5,10 +5,11 @@ k + 1 classes (the head's entries, and the tail behind them) all but one are sen
 the larger of the first entry and the tail, and is what the others leave. So masses sum to one exactly, a small tail
 keeps its relative accuracy, and no class is wrong by more than the others together.
 
-The teacher gives K candidates, and of the entries behind them those of highest priority. Under a budget all even tokens
-of a sample have one threshold, and all odd ones (titan.distill.codec.budget). A token's own is higher where the teacher
-has not given all that are above it: it then is the priority of the last that the teacher gave, which itself is left
-out, or the largest probability behind the candidates. Rounded up, as it is sent, and draws are compared with that.
+The teacher gives K candidates, and of the entries behind them the M of highest priority. Under a budget all even tokens
+of a sample have one threshold, and all odd ones (titan.distill.codec.budget); it says what the head is. The draws of a
+token have a higher one where the teacher may not have given all that are above it: one that leaves room for chance
+below M, or, where chance takes more, the priority of the last that the teacher gave, which itself is left out; and
+never less than what is behind the candidates. Rounded up, as it is sent, and draws are compared with that.
 
 Shape letters as in titan.distill.codec.raw; E entries of all tokens in a row.
 """
@@ -38,6 +39,8 @@ LOWEST, NATS = -24.0, 32.0
 LEVELS = 0xFFFF
 ROUGH, NEAR = 0.1, 0.7
 """Nats: how well a threshold is known from what draws usually take, and how far the right one may be from it."""
+SPREAD = 2.5
+"""Standard deviations of the number of a token's draws: so much less than M there are on average at least."""
 FEW = 8
 """Draws of an expected size that a sample's own are added to, for what a draw takes on average."""
 
@@ -50,16 +53,17 @@ def encode_sampled(raw: RawLabels, context: Context, budget_bytes: float | None,
     threshold_BS = np.full(p_BSK.shape[:2], np.exp(LOWEST))
     if budget_bytes is not None:
         threshold_BS = _thresholds_within(budget_bytes * 8 * context.length, p_BSK, tail, context)
+    shared_BS = threshold_BS
     if context.draws:
-        threshold_BS = _write_thresholds(threshold_BS, tail.least_BS, writer)
-    head_BS = np.count_nonzero(p_BSK >= threshold_BS[..., None], axis=-1)
+        shared_BS, threshold_BS = _write_thresholds(threshold_BS, tail.least_BS, writer)
+    head_BS = np.count_nonzero(p_BSK >= shared_BS[..., None], axis=-1)
     if not context.draws:
         head_BS = np.maximum(head_BS, min(1, context.candidates))
     writer.add(head_BS, context.count_bits)
     if context.candidates:
         _write_head(raw.ids_BSK, p_BSK, head_BS, context, writer)
     if context.draws:
-        _write_draws(tail, threshold_BS, context, writer)
+        _write_draws(tail, shared_BS, threshold_BS, context, writer)
     write_entropy(raw, context, writer)
     write_norm(raw, context, writer)
 
@@ -99,7 +103,8 @@ class _Tail:
     behind_BS: np.ndarray
     """Mass behind all candidates."""
     least_BS: np.ndarray
-    """The least threshold that has nothing above it but what is here; 0 where everything is here."""
+    """The least threshold that has nothing above it but what is here."""
+    candidates: int = 0
 
     @classmethod
     def of(cls, raw: RawLabels, p_BSK: np.ndarray, context: Context) -> "_Tail":
@@ -110,21 +115,25 @@ class _Tail:
         p_BSM = np.exp(raw.draw_log_prob_BSM.astype(np.float64))
         ids_BSJ = np.concatenate([raw.ids_BSK, raw.draw_ids_BSM], axis=-1) if context.candidates else raw.draw_ids_BSM
         uniform_BSJ = context.turns.uniform(ids_BSJ)
-        least_BS = np.maximum(p_BSM[..., -1] / uniform_BSJ[..., -1], p_BSM.max(axis=-1))
         behind_BS = np.where(p_BSM[..., 0] > 0, np.maximum(1.0 - p_BSK.sum(axis=-1), 0.0), 0.0)
+        enough = max(1.0, context.draws - SPREAD * context.draws**0.5)
+        least_BS = np.where(p_BSM[..., -1] > 0, behind_BS / enough, 0.0)
+        least_BS = np.maximum(least_BS, np.maximum(p_BSM[..., -1] / uniform_BSJ[..., -1], p_BSM.max(axis=-1)))
         p_BSJ = np.concatenate([p_BSK, p_BSM], axis=-1)
-        return cls(p_BSJ, uniform_BSJ, context.turns.places(ids_BSJ), behind_BS.astype(np.float32), least_BS)
+        return cls(
+            p_BSJ, uniform_BSJ, context.turns.places(ids_BSJ), behind_BS.astype(np.float32), least_BS, p_BSK.shape[-1]
+        )
 
-    def drawn(self, threshold_BS: np.ndarray) -> np.ndarray:
-        """Bool [B, S, J]."""
-        threshold_BS1 = threshold_BS[..., None]
-        drawn_BSJ: np.ndarray = (self.p_BSJ < threshold_BS1) & (self.p_BSJ > threshold_BS1 * self.uniform_BSJ)
+    def drawn(self, shared_BS: np.ndarray, threshold_BS: np.ndarray) -> np.ndarray:
+        """Bool [B, S, J]. shared: of the head, which must not depend on the token's own draws."""
+        drawn_BSJ: np.ndarray = self.p_BSJ > threshold_BS[..., None] * self.uniform_BSJ
+        drawn_BSJ[..., : self.candidates] &= self.p_BSJ[..., : self.candidates] < shared_BS[..., None]
         return drawn_BSJ
 
     def mean_bits(self, threshold_B: np.ndarray, context: Context) -> np.ndarray:
         """float64 [2, B]: of a sample's draws, those of its even and those of its odd tokens."""
         threshold_BS = np.maximum(threshold_B[:, None], self.least_BS)
-        drawn = self.drawn(threshold_BS)
+        drawn = self.drawn(np.broadcast_to(threshold_B[:, None], threshold_BS.shape), threshold_BS)
         at = np.flatnonzero(drawn)
         token_E = at // drawn.shape[-1]
         ratio_E = self.p_BSJ.ravel()[at] / (threshold_BS.ravel()[token_E] * self.uniform_BSJ.ravel()[at])
@@ -151,8 +160,13 @@ def _thresholds_within(budget_bits: float, p_BSK: np.ndarray, tail: _Tail, conte
     return threshold_BS
 
 
-def _write_thresholds(threshold_BS: np.ndarray, least_BS: np.ndarray, writer: BitWriter) -> np.ndarray:
-    """Each sample's two, and those of the tokens that need a higher one; returns them as they will be read."""
+def _write_thresholds(
+    threshold_BS: np.ndarray, least_BS: np.ndarray, writer: BitWriter
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each sample's two, and those of the tokens that need a higher one.
+
+    returns: both as they will be read: the sample's, from which on entries are the head, and the draws'
+    """
     codes_B2 = _threshold_codes(threshold_BS[:, : 2 if threshold_BS.shape[1] > 1 else 1])
     read_BS = _by_parity(codes_B2, threshold_BS.shape[1])
     own_BS = least_BS > read_BS
@@ -162,8 +176,9 @@ def _write_thresholds(threshold_BS: np.ndarray, least_BS: np.ndarray, writer: Bi
     if len(codes_E):
         writer.add(own_BS, 1)
         writer.add_array(codes_E, "<u2")
-    read_BS[own_BS] = _thresholds(codes_E)
-    return read_BS
+    own_read_BS = read_BS.copy()
+    own_read_BS[own_BS] = _thresholds(codes_E)
+    return read_BS, own_read_BS
 
 
 def _read_thresholds(shape: tuple[int, int], reader: BitReader) -> np.ndarray:
@@ -249,8 +264,10 @@ def _read_masses(
     return p_BSK
 
 
-def _write_draws(tail: _Tail, threshold_BS: np.ndarray, context: Context, writer: BitWriter) -> None:
-    drawn = np.flatnonzero(tail.drawn(threshold_BS))
+def _write_draws(
+    tail: _Tail, shared_BS: np.ndarray, threshold_BS: np.ndarray, context: Context, writer: BitWriter
+) -> None:
+    drawn = np.flatnonzero(tail.drawn(shared_BS, threshold_BS))
     token_E = drawn // tail.p_BSJ.shape[-1]
     place_E = tail.places_BSJ.ravel()[drawn]
     rising = np.argsort(token_E << context.id_bits | place_E)

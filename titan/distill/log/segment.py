@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from titan.distill.codec.block import HEADER_BYTES, BlockHeader
+from titan.distill.codec.block import HEADER_BYTES, BlockHeader, VersionError
 from titan.errors import LabelError
 
 SEGMENT, INDEX = ".segment", ".index"
@@ -70,7 +70,10 @@ def segments_of(folder: Path, part: int) -> list[Path]:
 
 
 def scan(path: Path, start: int = 0, until: int | None = None) -> Iterator[Located]:
-    """Blocks of a segment from byte `start` on, those up to step `until`, as far as headers are intact."""
+    """Blocks of a segment from byte `start` on, those up to step `until`, as far as headers are intact.
+
+    Raises VersionError, naming file and place, for a block of another version of the format.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         yield from scan_open(path, descriptor, start, until)
@@ -84,6 +87,8 @@ def scan_open(path: Path, descriptor: int, start: int = 0, until: int | None = N
     while True:
         try:
             header = BlockHeader.unpack(os.pread(descriptor, HEADER_BYTES, offset))
+        except VersionError as error:
+            raise VersionError(f"{path}, block at byte {offset}: {error}") from None
         except LabelError:
             return
         located = Located(path, offset, header)
