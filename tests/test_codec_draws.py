@@ -101,9 +101,8 @@ def test_writer_reader_and_teacher_have_the_same_numbers(
         1, step, torch.tensor(samples).repeat_interleave(length), torch.arange(length).repeat(len(samples))
     )
     turns_N4 = token_turns(draws)
-    first, second = turns.first.ravel(), turns.second.ravel()
-    for column, want_N in enumerate((first & 0xFFFFFFFF, first >> 32, second & 0xFFFFFFFF, second >> 32)):
-        np.testing.assert_array_equal(turns_N4[:, column].numpy().astype(np.uint64), want_N)
+    for column, want_BS in enumerate((turns.a, turns.b, turns.c, turns.d)):
+        np.testing.assert_array_equal(turns_N4[:, column].numpy().astype(np.uint32), want_BS.ravel())
     only = int(ids[0, 0, 0])  # a vocabulary of which one entry is left says 1 / u as its priority
     logits = torch.full((len(turns_N4), vocab), -torch.inf)
     logits[:, only] = 0.0

@@ -73,7 +73,7 @@ class Context:
         head = self.id_bits + self.head_bits
         if not self.draws:
             return EntryBits(head, 0.0, token)
-        return EntryBits(head, draw, token + 1 + 32 / self.length, parts_of(self.id_bits)[0])
+        return EntryBits(head, draw, token + 2 + 32 / self.length, parts_of(self.id_bits)[0])
 
     def entropy_codes(self, entropy_BS: np.ndarray) -> np.ndarray:
         """uint32 codes of nats; dithered, so that the mean over many tokens is right."""

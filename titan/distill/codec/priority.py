@@ -34,76 +34,81 @@ STEP = 0.6
 """Nats, of log(p / (t u))."""
 CENTRE = float(np.log(np.sinh(STEP / 2) / (STEP / 2)))
 """Nats added so that E[1 / p] is right: E[e^-x] = sinh(s / 2) / (s / 2) for x uniform within half a step."""
-_LOW = np.uint64(0xFFFFFFFF)
-_HALF = np.uint64(32)
 
 
 @dataclass(frozen=True)
 class Turns:
     """The numbers u of some tokens, by the formula of titan.ops.vocab: a place of w bits, and 24 bits behind it."""
 
-    first: np.ndarray
-    """uint64: a, odd, and above it b."""
-    second: np.ndarray
-    """uint64: c, odd, and above it d."""
+    a: np.ndarray
+    """uint32, odd; all arithmetic is modulo 2^32. [B, S] or [E]"""
+    b: np.ndarray
+    c: np.ndarray
+    """Odd."""
+    d: np.ndarray
     width: int
     """w, bits of an id."""
 
     @classmethod
     def of(cls, step: int, sample_ids_B: np.ndarray, length: int, vocab_size: int) -> "Turns":
         """Of all tokens of some samples: [B, S]."""
-        words_BS = token_words(step, sample_ids_B, length, 0)
-        return cls(words_BS | np.uint64(1), mix64(words_BS) | np.uint64(1), width_of(vocab_size))
+        first_BS = token_words(step, sample_ids_B, length, 0)
+        halves = [(word & np.uint64(0xFFFFFFFF), word >> np.uint64(32)) for word in (first_BS, mix64(first_BS))]
+        (a, b), (c, d) = [(low.astype(np.uint32) | np.uint32(1), high.astype(np.uint32)) for low, high in halves]
+        return cls(a, b, c, d, width_of(vocab_size))
 
     def at(self, tokens_E: np.ndarray) -> "Turns":
         """Of some of the tokens, by their number in the row of all: [E]."""
-        return Turns(self.first.ravel()[tokens_E], self.second.ravel()[tokens_E], self.width)
+        a, b, c, d = (x.ravel()[tokens_E] for x in (self.a, self.b, self.c, self.d))
+        return Turns(a, b, c, d, self.width)
 
     def places(self, ids: np.ndarray) -> np.ndarray:
         """int64 [..., M] of ids [..., M]; or [E] of one id each."""
-        first, second, ids = _beside(self.first, ids), _beside(self.second, ids), ids.astype(np.uint64)
-        x = (first & _LOW) * ids + (first >> _HALF) & self._mask
+        a, b, c, _ = self._beside(ids)
+        x = a * ids.astype(np.uint32) + b & self._mask
         x ^= x >> self._half
-        x = (second & _LOW) * x & self._mask
-        places: np.ndarray = (x ^ x >> self._half).astype(np.int64)
+        x = c * x & self._mask
+        x ^= x >> self._half
+        places: np.ndarray = x.astype(np.int64)
         return places
 
     def ids(self, places_E: np.ndarray) -> np.ndarray:
         """int32: inverse of `places`."""
-        x = places_E.astype(np.uint64)
+        x = places_E.astype(np.uint32)
         x ^= x >> self._half  # of at least half of the bits, so it undoes itself
-        x = _inverse(self.second & _LOW) * x & self._mask
+        x = _inverse(self.c) * x & self._mask
         x ^= x >> self._half
-        moved = x - (self.first >> _HALF) & _LOW
-        ids_E: np.ndarray = (_inverse(self.first & _LOW) * moved & self._mask).astype(np.int32)
+        ids_E: np.ndarray = (_inverse(self.a) * (x - self.b) & self._mask).astype(np.int32)
         return ids_E
 
-    def uniform(self, ids: np.ndarray) -> np.ndarray:
-        """float64 u of ids, as `places`."""
-        second = _beside(self.second, ids)
-        fraction = ((second & _LOW) * ids.astype(np.uint64) + (second >> _HALF) & _LOW) >> np.uint64(8)
-        numbers: np.ndarray = (self.places(ids) + (fraction + 0.5) * 2.0**-24) * 2.0**-self.width
+    def uniform(self, ids: np.ndarray, places: np.ndarray | None = None) -> np.ndarray:
+        """float64 u of ids; their places, where they are known already."""
+        places = self.places(ids) if places is None else places
+        _, _, c, d = self._beside(ids)
+        fraction = c * ids.astype(np.uint32) + d >> np.uint32(8)
+        numbers: np.ndarray = (places + (fraction + 0.5) * 2.0**-24) * 2.0**-self.width
         return numbers
 
-    @property
-    def _mask(self) -> np.uint64:
-        return np.uint64((1 << self.width) - 1)
+    def _beside(self, ids: np.ndarray) -> list[np.ndarray]:
+        numbers = (self.a, self.b, self.c, self.d)
+        return [x if x.ndim == ids.ndim else x[..., None] for x in numbers]
 
     @property
-    def _half(self) -> np.uint64:
-        return np.uint64((self.width + 1) // 2)
+    def _mask(self) -> np.uint32:
+        return np.uint32((1 << self.width) - 1)
+
+    @property
+    def _half(self) -> np.uint32:
+        return np.uint32((self.width + 1) // 2)
 
 
 def _inverse(odd: np.ndarray) -> np.ndarray:
     """Modulo 2^32."""
     inverse = odd
     for _ in range(5):  # Newton: each time twice as many bits are right, of the number itself 3
-        inverse = inverse * (np.uint64(2) - odd * inverse & _LOW) & _LOW
-    return inverse
-
-
-def _beside(tokens: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    return tokens if tokens.ndim == ids.ndim else tokens[..., None]
+        inverse = inverse * (np.uint32(2) - odd * inverse)
+    result: np.ndarray = inverse
+    return result
 
 
 def parts_of(width: int) -> tuple[int, list[int]]:

@@ -114,15 +114,14 @@ class _Tail:
             return cls(nothing, nothing, nothing, np.zeros(shape, np.float32), np.zeros(shape))
         p_BSM = np.exp(raw.draw_log_prob_BSM.astype(np.float64))
         ids_BSJ = np.concatenate([raw.ids_BSK, raw.draw_ids_BSM], axis=-1) if context.candidates else raw.draw_ids_BSM
-        uniform_BSJ = context.turns.uniform(ids_BSJ)
+        places_BSJ = context.turns.places(ids_BSJ)
+        uniform_BSJ = context.turns.uniform(ids_BSJ, places_BSJ)
         behind_BS = np.where(p_BSM[..., 0] > 0, np.maximum(1.0 - p_BSK.sum(axis=-1), 0.0), 0.0)
         enough = max(1.0, context.draws - SPREAD * context.draws**0.5)
         least_BS = np.where(p_BSM[..., -1] > 0, behind_BS / enough, 0.0)
         least_BS = np.maximum(least_BS, np.maximum(p_BSM[..., -1] / uniform_BSJ[..., -1], p_BSM.max(axis=-1)))
         p_BSJ = np.concatenate([p_BSK, p_BSM], axis=-1)
-        return cls(
-            p_BSJ, uniform_BSJ, context.turns.places(ids_BSJ), behind_BS.astype(np.float32), least_BS, p_BSK.shape[-1]
-        )
+        return cls(p_BSJ, uniform_BSJ, places_BSJ, behind_BS.astype(np.float32), least_BS, p_BSK.shape[-1])
 
     def drawn(self, shared_BS: np.ndarray, threshold_BS: np.ndarray) -> np.ndarray:
         """Bool [B, S, J]. shared: of the head, which must not depend on the token's own draws."""
@@ -286,6 +285,6 @@ def _read_draws(threshold_BS: np.ndarray, context: Context, reader: BitReader) -
     here = context.turns.at(token_E)
     ids_E = here.ids(place_E)
     ratio_E = read_ratios(_dither(context.uniform(DRAW_DITHER), counts_BS), reader)
-    log_prob_E = ratio_E + np.log(threshold_BS.ravel()[token_E] * here.uniform(ids_E))
+    log_prob_E = ratio_E + np.log(threshold_BS.ravel()[token_E] * here.uniform(ids_E, place_E))
     in_draws = _first(counts_BS)
     return _spread(ids_E, in_draws, 0), _spread(log_prob_E.astype(np.float32), in_draws, -np.inf)
