@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -284,26 +285,26 @@ def _status_mib(key: str) -> float:
 
 
 def label_encoding() -> dict[str, Any]:
-    """Log-sum-exp, entropy, top 8 and 4 draws of the tail, from 256 tokens of logits."""
+    """Log-sum-exp, entropy, top k and draws of the tail, from 256 tokens of logits: few, and as many as runs want."""
     results = {}
-    for vocabulary in (32000, 152000):
+    for (top_k, count), vocabulary in product(((8, TAIL), (15, 49)), (32000, 152000)):
         logits = torch.randn(256, vocabulary) * 3
-        draws = TailDraws(TAIL, 1, torch.arange(256), torch.zeros(256, dtype=torch.int64))
+        draws = TailDraws(count, 1, torch.arange(256), torch.zeros(256, dtype=torch.int64))
         shard = VocabShard(0, vocabulary, vocabulary, None)
 
         calls: Contenders = {
-            "eager": partial(eager_labels, logits),
-            "compile": partial(torch.compile(eager_labels), logits),
-            "titan": partial(label_logits, logits, 8, draws, 1.0, shard),
+            "eager": partial(eager_labels, logits, top_k, count),
+            "compile": partial(torch.compile(eager_labels), logits, top_k, count),
+            "titan": partial(label_logits, logits, top_k, draws, 1.0, shard),
         }
-        results[f"label encoding, V {vocabulary}"] = compare(calls, 15, {"eager": 3.0})
+        results[f"label encoding, top {top_k}, {count} draws, V {vocabulary}"] = compare(calls, 15, {"eager": 3.0})
     return results
 
 
-def eager_labels(logits: Tensor) -> object:
+def eager_labels(logits: Tensor, top_k: int, draws: int) -> object:
     """The same label from torch's own operations; its draws are of the whole distribution."""
     log_p = torch.log_softmax(logits, dim=1)
-    return log_p.topk(8, dim=1), torch.multinomial(log_p.exp(), TAIL, replacement=True)
+    return log_p.topk(top_k, dim=1), torch.multinomial(log_p.exp(), draws, replacement=True)
 
 
 def attention_ceiling() -> dict[str, Any]:
