@@ -95,7 +95,7 @@ def role_styles(config: RunConfig) -> dict[str, Style]:
     for index, student in enumerate(config.students):
         control, again = student.distill.weight == 0, index >= len(STUDENT_COLOURS)
         styles[student.name] = Style(
-            label=_short(student.name) + (" (control)" if control else ""),
+            label=_short(student.name) + (" (control)" if control and "control" not in student.name else ""),
             colour=STUDENT_COLOURS[index % len(STUDENT_COLOURS)],
             control=control,
             dashes=(":" if again else "--") if control else ("-." if again else "-"),
