@@ -39,7 +39,7 @@ def opaque(step: int, size_bytes: int) -> bytes:
     """A block of one sample that is intact and says nothing: for tests of speed and memory."""
     payload = np.random.default_rng(step % 7).bytes(size_bytes)
     crc = zlib.crc32(payload)
-    header = BlockHeader("full", VOCAB, step, 0, 1, 1, 1.0, 0, 0, 0, 0, False, False, len(payload), crc)
+    header = BlockHeader("full", VOCAB, step, 0, 1, 1, 1.0, 0, 0, 0, False, False, len(payload), crc)
     return header.pack() + payload
 
 

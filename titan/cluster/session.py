@@ -68,13 +68,15 @@ def no_signal_lost() -> Iterator[None]:
     told, tell = os.pipe()
     for end in (told, tell):
         os.set_blocking(end, False)
-    before = signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    before, print_dropped = signal.set_wakeup_fd(tell, warn_on_full_buffer=False), sys.unraisablehook
+    sys.unraisablehook = lambda dropped: None if dropped.exc_type is SystemExit else print_dropped(dropped)
     try:
         yield
         with suppress(BlockingIOError):
             if signal.SIGTERM in os.read(told, 64):
                 raise KeyboardInterrupt
     finally:
+        sys.unraisablehook = print_dropped
         signal.set_wakeup_fd(before)
         os.close(told)
         os.close(tell)
