@@ -44,7 +44,7 @@ test-long: $(READY)
 chaos: $(READY)
 	$(BIN)/python -m tests.chaos --faults 50 --json benchmarks/results/chaos.json
 	$(BIN)/python -m tests.chaos --faults 30 --roles all --json benchmarks/results/chaos_all.json
-	$(BIN)/python -m tests.chaos --hosts 3 --faults 30 --steps 450 --json benchmarks/results/chaos_hosts.json
+	$(BIN)/python -m tests.chaos --hosts 3 --faults 30 --steps 700 --json benchmarks/results/chaos_hosts.json
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Faults of all kinds during one training, compared with the same training undisturbed.
 
     python -m tests.chaos --faults 50 [--steps 1500] [--seed 1] [--roles students | all] [--json FILE]
-    python -m tests.chaos --hosts 3 --faults 30 --steps 300
+    python -m tests.chaos --hosts 3 --faults 30 --steps 700
 
 Students and the label service are killed (SIGKILL) and hung (SIGSTOP) at random moments; with `--roles all` the
 teacher too. In the end all weights must be those of the undisturbed run bit for bit, the audit clean, and no process
