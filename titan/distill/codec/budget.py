@@ -42,10 +42,6 @@ class Tokens:
         self.p_KBS = np.ascontiguousarray(np.moveaxis(p_BSK, -1, 0))
         self.behind_BS = behind_BS
 
-    def head(self, threshold_B: np.ndarray) -> np.ndarray:
-        """int64 [B, S]: candidates that are likelier than a draw would stand for."""
-        return _count(self.p_KBS >= threshold_B.astype(np.float32)[:, None])
-
     def bits(self, threshold_B: np.ndarray, cost: EntryBits) -> np.ndarray:
         """float64 [B]: mean size of the labels that a threshold gives."""
         threshold = threshold_B.astype(np.float32)[:, None]
