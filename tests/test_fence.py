@@ -51,10 +51,10 @@ def save(writer: CheckpointWriter, step: int) -> None:
 class Writers:
     """All that one generation writes with, each having written step 1."""
 
-    def __init__(self, run: Path, fence: Fence):
+    def __init__(self, run: Path, fence: Fence, segment_bytes: int = 1):
         reopen(run / "labels")
         self.fence = fence
-        self.labels = LabelWriter(run / "labels", 0, 0, segment_bytes=1, fence=fence)
+        self.labels = LabelWriter(run / "labels", 0, 0, segment_bytes, fence=fence)
         self.commits = CommitWriter(run / "labels", 0, fence=fence)
         self.ledger = Ledger(run, ROLE, fence)
         self.checkpoints = CheckpointWriter(run / "checkpoints", 0, 1, 1, 5.0, fence)
@@ -87,6 +87,33 @@ def test_writers_of_a_generation_before_the_last_change_no_file_and_those_of_the
     Ledger(tmp_path, ROLE, new).rewind(1)
     save(CheckpointWriter(tmp_path / "checkpoints", 0, 1, 1, 5.0, new), 3)
     assert complete_steps(tmp_path / "checkpoints") == [3]
+
+
+@pytest.mark.parametrize(("name", "segment_bytes"), [("labels", 1), ("labels", 1 << 20), ("commit", 1), ("ledger", 1)])
+def test_a_write_that_looked_at_the_fence_just_before_another_took_over_goes_nowhere(
+    name: str, segment_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = Writers(tmp_path, start(tmp_path), segment_bytes)
+    old.each(2)["labels"]()
+    old.each(2)["commit"]()
+    write = old.each(2 if name == "ledger" else 3)[name]
+    look, looks, last_look = Fence.check, 0, 2 if name == "ledger" or (name, segment_bytes) == ("labels", 1) else 1
+    before: dict[str, bytes] = {}
+
+    def check(fence: Fence) -> None:
+        nonlocal looks
+        look(fence)
+        if fence == old.fence:
+            looks += 1
+            if looks == last_look:
+                new = start(tmp_path)
+                assert reopen(tmp_path / "labels") == 2
+                Ledger(tmp_path, ROLE, new)
+                before.update(files_of(tmp_path))
+
+    monkeypatch.setattr(Fence, "check", check)
+    write()
+    assert looks == last_look and files_of(tmp_path) == before
 
 
 def test_a_checkpoint_that_was_on_its_way_is_not_committed_nor_old_ones_deleted(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@
 
 The driver raises the generation before it repairs what a role's ranks left and starts new ones. Ranks look at the file
 before each write that counts: labels, commits, checkpoints, ledger. So a rank on a host that could not be reached, and
-was given up, ends at its next write. Between look and write there are microseconds, and no more safety than that.
+was given up, ends at its next write. It may have been stopped in the microseconds between look and write; so what is
+appended to is made anew before others go on with it, and a late write goes to a file that has lost its name. What is
+renamed, a checkpoint or its manifest, has those microseconds and no more safety than that.
 Where hosts share no storage the run's home looks, for every write that comes with the generation of who sends it.
 """
 

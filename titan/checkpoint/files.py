@@ -14,6 +14,7 @@ from typing import Protocol
 
 from titan.checkpoint.fence import Fence
 from titan.errors import RunError
+from titan.observe.files import cut_anew
 
 BLOCK_BYTES = 1 << 22
 
@@ -122,6 +123,7 @@ class LocalFiles:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            self.check()  # with the file open, which whoever takes over makes anew
             size = os.fstat(descriptor).st_size
             there = os.pread(descriptor, len(data), at)
             if size < at or not data.startswith(there):
@@ -133,18 +135,15 @@ class LocalFiles:
             os.close(descriptor)
 
     def truncate(self, name: str, before: int, size: int) -> None:
-        """Cut a file of a known length."""
+        """Cut a file of a known length. It is a new one then: who has the old one open writes to nothing."""
         self.check()
         path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            found = os.fstat(descriptor).st_size
-            if found not in (before, size):
-                raise RunError(f"{path} has {found} bytes instead of {before}: somebody else writes it; end that first")
-            os.ftruncate(descriptor, size)
-        finally:
-            os.close(descriptor)
+        path.touch()
+        found = path.stat().st_size
+        if found not in (before, size):
+            raise RunError(f"{path} has {found} bytes instead of {before}: somebody else writes it; end that first")
+        cut_anew(path, size)
 
     def sync(self, name: str) -> None:
         """Force a file to the disk."""

@@ -1,8 +1,10 @@
 """Files of a run folder, written and read as whole lines or whole files, so that a crash never leaves half of one."""
 
+import errno
 import json
 import math
 import os
+import shutil
 from collections.abc import Mapping
 from io import FileIO
 from pathlib import Path
@@ -130,6 +132,35 @@ def write_whole(path: Path, data: bytes) -> None:
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def cut_anew(path: Path, size: int) -> None:
+    """Leave the first `size` bytes of a file, in a new file of its name: who has the old one open writes to nothing.
+
+    On a full disk it is cut where it is.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(path, draft)
+        with draft.open("r+b") as file:
+            file.truncate(size)
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os.truncate(path, size)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def was_replaced(path: Path, descriptor: int) -> bool:
+    """Whether a file that is open has lost its name to another."""
+    try:
+        now = path.stat()
+    except FileNotFoundError:
+        return False
+    return not os.path.samestat(now, os.fstat(descriptor))
 
 
 def to_json(value: object, indent: int | None = None) -> str:

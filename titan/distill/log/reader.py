@@ -12,6 +12,7 @@ from titan.distill.log.records import Commit, CommitCursor, End
 from titan.distill.log.retention import KEPT, first_kept
 from titan.distill.log.segment import Located, first_step_of, part_folder, scan_open, segment_path, segments_of
 from titan.errors import LabelError
+from titan.observe.files import was_replaced
 
 POLL_S = 0.005
 WINDOW = 256
@@ -206,6 +207,9 @@ class _PartReader:
 
     def _goes_on(self, step: int) -> bool:
         """Whether a step is in the open segment if it is anywhere."""
+        assert self.path is not None
+        if was_replaced(self.path, self.descriptor):
+            return False
         same = step == self.step
         return same or (step == self.step + 1 and not segment_path(self.folder, self.part, step).exists())
 

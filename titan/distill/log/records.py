@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from titan.errors import LabelError
+from titan.observe.files import was_replaced
 
 COMMITS = "commits.jsonl"
 STOPPED, FINISHED = "stopped", "finished"
@@ -78,7 +79,8 @@ def write_all(descriptor: int, data: bytes) -> None:
 class CommitCursor:
     """Reads commits.jsonl from its start, as far as it goes, and later goes on; holds a chunk, never the file.
 
-    It stays in front of an end record and of a torn last line, so a repair that cuts those off goes unnoticed.
+    It stays in front of an end record and of a torn last line, so a repair that cuts those off goes unnoticed: what it
+    has returned is in the new file as it was in the old.
     """
 
     def __init__(self, folder: Path, chunk_bytes: int = CHUNK_BYTES):
@@ -94,6 +96,8 @@ class CommitCursor:
 
     def next(self) -> list[Commit]:
         """Some more commits; [] at the end of the file. Raises LabelError for a damaged record or a gap of steps."""
+        if self.descriptor is not None and was_replaced(self.path, self.descriptor):
+            self.close()
         if self.descriptor is None:
             try:
                 self.descriptor = os.open(self.path, os.O_RDONLY)

@@ -1,6 +1,5 @@
 """After a stop of any kind: what was not committed is cut off, what was committed is checked."""
 
-import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from titan.distill.log.segment import (
     segments_of,
 )
 from titan.errors import LabelError
+from titan.observe.files import cut_anew
 
 
 def reopen(folder: Path, needed: int = 0, durable: int = 0) -> int:
@@ -110,19 +110,30 @@ def _intact(folder: Path, part: int, ends: Mapping[Path, int], step: int) -> tup
 
 
 def _cut(folder: Path, good_bytes: int, ends: Mapping[Path, int]) -> None:
-    """Cut commit records first: if this is interrupted, the rest is cut by the next repair."""
+    """Cut commit records first: if this is interrupted, the rest is cut by the next repair.
+
+    What was last written to is made anew: a rank that was given up may have it open, and may have been stopped in the
+    moment between its look at the fence (titan.checkpoint.fence) and its write.
+    """
+    for draft in folder.rglob(".*.tmp"):
+        draft.unlink()  # of a repair that was itself interrupted
     path = folder / COMMITS
     path.touch()
-    os.truncate(path, good_bytes)
+    cut_anew(path, good_bytes)
+    newest = {segment.parent: segment for segment, end in ends.items() if end}
     for segment, end in ends.items():
+        index = index_path(segment)
         if end == 0:
             segment.unlink()
-            index_path(segment).unlink(missing_ok=True)
+            index.unlink(missing_ok=True)
             continue
-        if segment.stat().st_size != end:
-            os.truncate(segment, end)
+        is_newest = newest[segment.parent] == segment
+        if is_newest or segment.stat().st_size != end:
+            cut_anew(segment, end)
         if not index_is_whole(segment):
             repair_index(segment, list(scan(segment)))
+        elif is_newest:
+            cut_anew(index, index.stat().st_size)
     for index in folder.glob(f"part-*/*{INDEX}"):
         if not index.with_suffix(SEGMENT).exists():
             index.unlink()

@@ -62,12 +62,12 @@ class LabelWriter:
         assert header.step == step >= self.step, f"a block of step {header.step} appended as {step} after {self.step}"
         if sample_ids is None:
             sample_ids = decode_block(header, block[HEADER_BYTES:]).sample_ids_B.tolist()
-        if self.fence is not None:
-            self.fence.check()
         try:
             if self.path is None or (step > self.step and self.size_bytes >= self.segment_bytes):
+                self._check()
                 self._open(step)
             assert self.path is not None
+            self._check()  # with the files open, which whoever takes over makes anew
             entry = make_entry(Located(self.path, self.size_bytes, header), tuple(int(number) for number in sample_ids))
             self.write(self.segment, block)
             self.write(self.index, entry.pack())
@@ -99,6 +99,10 @@ class LabelWriter:
                 os.close(descriptor)
         self.filled.clear()
         self.segment = self.index = -1
+
+    def _check(self) -> None:
+        if self.fence is not None:
+            self.fence.check()
 
     def _open(self, first_step: int) -> None:
         """Go on in the segment that begins with a step."""
