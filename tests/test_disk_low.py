@@ -68,6 +68,15 @@ def test_who_makes_labels_hears_of_a_low_disk_and_below_half_of_the_floor_or_on_
     assert isinstance(watch.error(), RunError) and str(tmp_path) in str(watch.error())
 
 
+def test_a_folder_of_copies_that_is_gone_is_named(tmp_path: Path) -> None:
+    (tmp_path / "copies").mkdir()
+    sets = [f"labels.copy_to={tmp_path / 'copies'}", "recovery.min_free_bytes=1"]
+    watch = DiskWatch(load_config(write_tiny_config(tmp_path / "work"), sets), tmp_path, EventLog(tmp_path))
+    (tmp_path / "copies").rmdir()
+    with pytest.raises(RunError, match=r"cannot look at .*copies, which the run writes to: No such file"):
+        watch.look([])
+
+
 def test_without_a_floor_nobody_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "free_bytes", lambda folder: pytest.fail("looked"))
     config = load_config(write_tiny_config(tmp_path / "work"), [])

@@ -59,6 +59,11 @@ class DiskWatch:
 
 
 def free_bytes(folder: Path) -> int:
-    """What may be written to the disk of a folder."""
-    found = os.statvfs(folder)
+    """What may be written to the disk of a folder. Raises RunError if it is gone."""
+    try:
+        found = os.statvfs(folder)
+    except OSError as error:
+        raise RunError(
+            f"cannot look at {folder}, which the run writes to: {error.strerror}; bring it back, then `titan resume`"
+        ) from None
     return found.f_bavail * found.f_frsize
