@@ -24,9 +24,10 @@ from titan.cluster.label_service import ServiceKeeper
 from titan.cluster.label_source import home_folders, initial_weights
 from titan.cluster.planning import Planned, plan_picture, with_layouts
 from titan.cluster.processes import kill_processes
+from titan.cluster.recovery import Recovery
 from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError, save_without_head
-from titan.cluster.room import layout_for, layouts_to_start, who_must_give_way
+from titan.cluster.room import layouts_to_start
 from titan.cluster.session import discover
 from titan.cluster.spares import SparePool
 from titan.config.model import LayoutSettings
@@ -35,7 +36,7 @@ from titan.distill.log.second_copy import copy_folder
 from titan.distill.news import untold_metrics
 from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.service.server import LOCALHOST
-from titan.errors import PlatformError, WorkerError
+from titan.errors import PlatformError
 from titan.observe.events import EventLog
 from titan.observe.files import write_whole
 from titan.observe.live import LiveDisplay
@@ -47,10 +48,7 @@ from titan.plan.layout import make_layout, role_layouts
 POLL_S = 0.25
 LOOK_S = 0.05
 """The same while ranks start: each of their phases ends soon."""
-
-
 LEAST_S = 0.01
-RECONSIDER_S = 1.0
 
 
 class State(Enum):
@@ -60,7 +58,6 @@ class State(Enum):
     SPAWN = "spawn"
     RUN = "run"
     DRAIN = "drain"
-    LOST = "lost"
     DONE = "done"
 
 
@@ -93,7 +90,7 @@ class Supervisor:
         self.planned, self.config = planned, planned.config
         self.run_folder, self.corpus_folder = run_folder, corpus_folder
         self.events, self.metrics, self.display = events, metrics, display
-        self.resumed, self.tidy, self.grace = resumed, tidy, grace
+        self.resumed, self.grace = resumed, grace
         self.state = State.PLAN
         self.signals = 0
         self.groups: dict[str, RoleGroup] = {}
@@ -107,11 +104,7 @@ class Supervisor:
         self.head = HeadWatch(self._leave_without_head)
         self.disk = DiskWatch(self.config, run_folder, events)
         self.begin = time.monotonic()
-        self.recovering: dict[str, float] = {}
-        """Roles that failed and have made no step since, and when that was noticed."""
-        self._next_look: dict[str, float] = {}
-        self.restarts: dict[str, tuple[int, int]] = {}
-        """By role: restarts in a row, and the step of the checkpoint they went on from."""
+        self.recovery = Recovery(self.config, run_folder, self.groups, events, metrics, display, tidy)
 
     def run(self) -> Outcome:
         """The whole run. Raises WorkerError if a role failed for good; no actor is left in any case."""
@@ -173,7 +166,7 @@ class Supervisor:
         groups = list(self.groups.values())
         if self.config.recovery.start_smaller:
             for role, settings in layouts_to_start(groups, self.config).items():
-                self._use(self.groups[role], settings)
+                self.recovery.use(self.groups[role], settings)
         for group in groups:
             group.start()
         total = sum(group.num_ranks for group in groups)
@@ -181,7 +174,7 @@ class Supervisor:
             for group in groups:
                 noticed = time.monotonic()
                 try:
-                    self._reconsider(group)
+                    self.recovery.reconsider(group)
                     group.advance()
                 except RoleLostError as lost:
                     if not self.head.look():
@@ -237,7 +230,7 @@ class Supervisor:
             if self.service is not None:
                 self.service.look()
             starting = any(group.is_starting for group in self.groups.values())
-            self.spares.look(calm=self.state is State.RUN and not starting and not self.recovering)
+            self.spares.look(calm=self.state is State.RUN and not starting and not self.recovery.since)
             _rest(self.groups.values(), LOOK_S if starting else POLL_S)
             for group in self.groups.values():
                 noticed = time.monotonic()
@@ -314,11 +307,11 @@ class Supervisor:
             return
         if group.phase not in (Phase.IDLE, Phase.ROOM):
             self._pass_on(group, group.take_news())
-        self._reconsider(group)
+        self.recovery.reconsider(group)
         phase = group.advance()
         if phase is Phase.READY:
             self._train(group)
-            seconds = time.monotonic() - self.recovering[group.role]
+            seconds = time.monotonic() - self.recovery.since[group.role]
             self.events.emit(
                 "ranks_up", role=group.role, seconds=round(seconds, 2), ranks=group.num_ranks, spares=group.num_spares,
                 phases_s=group.took_s,
@@ -329,7 +322,8 @@ class Supervisor:
         elif group.is_paused:
             self._pass_on(group, group.last_news())
             group.kill()
-            self._start_again(group, self._tidy(group.role), time.monotonic())
+            self.recovery.start_again(group, self.recovery.tidy(group.role), time.monotonic())
+            self._show_starting()
         elif phase is Phase.DONE:
             assert group.report is not None
             self._pass_on(group, group.last_news())
@@ -342,12 +336,12 @@ class Supervisor:
                 self.metrics.write(item)
                 self.display.update(item)
                 group.last_step = item.step
-                self._note_recovered(group)
+                self.recovery.note_step(group)
             else:
                 event = item.pop("event")
                 self.events.emit(event, **item, **self._offer(item))
                 if event == "checkpoint":
-                    self._grow(group)
+                    self.recovery.grow(group)
 
     def _offer(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What a new plan would gain, for a straggler that was named; nothing for any other event."""
@@ -359,91 +353,16 @@ class Supervisor:
         )
         return {} if gain is None else {"replan_gain": round(gain, 3)}
 
-    # --- LOST ---
-
     def _recover(self, group: RoleGroup, failure: Failure, since: float) -> None:
-        """Put a role up again from its newest checkpoint. Raises WorkerError if that is not to be or cannot help."""
-        policy = self.config.recovery
-        if not failure.passes or policy.policy == "stop":
-            raise self._give_up(failure)
-        self.events.emit("rank_lost", **failure.fields, error=failure.message)
-        group.kill()
-        step = self._tidy(group.role)
-        count, last = self.restarts.get(group.role, (0, -1))
-        count = count + 1 if step <= last else 1
-        self.restarts[group.role] = (count, step)
-        if count > policy.max_restarts:
-            raise self._give_up(failure, f"; it was restarted {policy.max_restarts} times from step {step} "
-                                         "(recovery.max_restarts)")  # fmt: skip
-        self.events.emit("restarting", role=group.role, from_step=step, lost_steps=max(0, group.last_step - step))
-        self.display.log(f"{time.strftime('%H:%M:%S')}  {failure.message}; {group.role} goes on from step {step}")
-        self._start_again(group, step, since)
-
-    def _tidy(self, role: str) -> int:
-        """Files of a role whose ranks are gone; returns the step it goes on from."""
-        step = self.tidy(role)
-        self.metrics.write_missing(untold_metrics(self.run_folder / "checkpoints" / role))
-        return step
-
-    def _start_again(self, group: RoleGroup, step: int, since: float) -> None:
-        """From its newest checkpoint, that of `step`, in the layout there is room for."""
-        group.last_step = step
-        self.recovering[group.role] = since
-        self._use(group, layout_for(group, self.groups.values(), self.config))
-        group.start()
+        """Put a role up again that failed. Raises WorkerError if that is not to be or cannot help."""
+        self.recovery.recover(group, failure, since)
         self._show_starting()
-
-    def _use(self, group: RoleGroup, settings: LayoutSettings) -> None:
-        before = group.num_ranks
-        group.use_layout(settings)
-        if group.num_ranks != before:
-            wanted = group.wanted.layout.ranks
-            self.events.emit(
-                "layout", role=group.role, step=group.last_step, ranks=group.num_ranks, before=before, wanted=wanted
-            )
-            said = f"{group.role} goes on with {group.num_ranks} of {wanted} ranks"
-            self.display.log(f"{time.strftime('%H:%M:%S')}  {said}")
-
-    def _reconsider(self, group: RoleGroup) -> None:
-        """While a role waits for room: a host may have been found dead, or have come, in the meantime."""
-        if group.generation == 1 or group.phase is not Phase.ROOM:
-            return
-        if time.monotonic() < self._next_look.get(group.role, 0.0):
-            return
-        self._next_look[group.role] = time.monotonic() + RECONSIDER_S
-        settings = layout_for(group, self.groups.values(), self.config)
-        if settings != group.settings:
-            group.kill()
-            self._use(group, settings)
-            group.start()
-        elif (other := who_must_give_way(group, self.groups.values(), self.config)) is not None:
-            other.request_pause()
-
-    def _grow(self, group: RoleGroup) -> None:
-        """At a checkpoint of a role with fewer ranks than it should have: give it more if there is room now."""
-        if group.phase is not Phase.TRAIN or group.settings == group.wanted.layout:
-            return
-        settings = layout_for(group, self.groups.values(), self.config)
-        if settings.ranks > group.num_ranks:
-            group.request_pause()
-
-    def _note_recovered(self, group: RoleGroup) -> None:
-        """The first step or evaluation after a restart ends the recovery."""
-        if group.role in self.recovering and group.phase in (Phase.TRAIN, Phase.DONE):
-            seconds = time.monotonic() - self.recovering.pop(group.role)
-            self.events.emit("recovered", role=group.role, seconds=round(seconds, 2), generation=group.generation)
 
     def _show_starting(self) -> None:
         """Which roles are not up."""
         if self.state is State.RUN:
             names = ", ".join(group.role for group in self.groups.values() if group.is_starting)
             self.display.phase(f"training; {names} starting again" if names else "training")
-
-    def _give_up(self, failure: Failure, more: str = "") -> WorkerError:
-        """The error that ends the run."""
-        self.state = State.LOST
-        self.events.emit("failed", **failure.fields, error=failure.message + more)
-        return WorkerError(failure.message + more)
 
 
 def _starting(groups: Sequence[RoleGroup], total: int) -> str:
