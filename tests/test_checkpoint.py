@@ -20,6 +20,7 @@ from torch import Tensor
 
 import titan.checkpoint.save as save_module
 from tests.worlds import GQA, TIED, VOCAB, World, make_trainer, run_world, save_checkpoint, tokens_of
+from titan.checkpoint.files import LocalFiles
 from titan.checkpoint.folder import (
     MANIFEST,
     PARTIAL,
@@ -453,6 +454,15 @@ def test_the_error_of_a_save_is_raised_by_the_next(tmp_path: Path, monkeypatch: 
     writer.save(3, [], {"state": {}})
     writer.wait()
     assert complete_steps(tmp_path) == [3]
+
+
+def test_a_receipt_that_another_saver_takes_away_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalFiles, "read", lambda *_: None)
+    saver = CheckpointWriter(tmp_path, 0, 1, 2, timeout_s=0.5)
+    saver.save(1, [Piece(PieceKey("weight", "w", 0, 1, 0, 4), torch.ones(4))], {"state": {}})
+    with pytest.raises(CheckpointError, match=r"another process is writing .*step-00000001 too"):
+        saver.wait()
+    assert newest_step(tmp_path) is None
 
 
 def test_two_savers_of_the_same_steps_never_make_a_mixture(tmp_path: Path) -> None:

@@ -206,9 +206,18 @@ def test_students_that_are_killed_are_put_up_again_and_end_with_the_same_bits(wo
     run = workplace / "runs/hurt"
     settings = ("--set", "run.name=hurt", "--set", "labels.delivery=service")
     process = start_titan("run", "tiny.toml", *settings, cwd=workplace)
+    wait_for_events(run, "placed", 5, process)
+    teacher = [psutil.Process(pid) for pid in placed(run, "teacher")]
+    reader = LabelReader(run / "labels/teacher", 60.0)
+    assert reader.wait_commit(7) is not None
+    reader.close()
+    for rank in teacher:
+        rank.suspend()  # so that no student is at its end when it is killed
     for name in ("three", "wide"):
-        wait_for_step(run, name, 6, process)
+        wait_for_step(run, name, 5, process)
         psutil.Process(placed(run, name)[-1]).send_signal(signal.SIGKILL)
+    for rank in teacher:
+        rank.resume()
     wait_for_events(run, "recovered", 2, process)
     _, err = process.communicate(timeout=200)
     assert process.returncode == 0, err

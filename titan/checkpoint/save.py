@@ -94,8 +94,13 @@ class CheckpointWriter:
             time.sleep(LOOK_S)
         files: dict[str, dict[str, Any]] = {}
         for receipt in receipts:
-            content = json.loads(self.files.read(receipt) or b"{}")
-            files[content.pop("name")] = content
+            content = self.files.read(receipt)
+            if content is None:
+                raise CheckpointError(
+                    f"{self.files.path / final} is being written by another process too; end that first"
+                )
+            part = json.loads(content)
+            files[part.pop("name")] = part
         self.files.write(f"{partial}/{MANIFEST}", encode_manifest(manifest | {"files": files}))
         self.files.remove(*receipts)
         self.files.move(partial, final)
