@@ -96,9 +96,7 @@ class CheckpointWriter:
         for receipt in receipts:
             content = self.files.read(receipt)
             if content is None:
-                raise CheckpointError(
-                    f"{self.files.path / final} is being written by another process too; end that first"
-                )
+                raise CheckpointError(f"another process is writing {self.files.path / final} too; end that one first")
             part = json.loads(content)
             files[part.pop("name")] = part
         self.files.write(f"{partial}/{MANIFEST}", encode_manifest(manifest | {"files": files}))
