@@ -1,5 +1,6 @@
 """A producer that dies at any moment, for real and by cutting files, leaves a log that is repaired and goes on."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -24,6 +25,7 @@ from titan.distill.log.repair import reopen
 from titan.distill.log.segment import scan, segments_of
 from titan.distill.log.verify import verify_log
 from titan.errors import LabelError
+from titan.observe.files import was_replaced
 
 FORK = multiprocessing.get_context("fork")
 
@@ -250,6 +252,23 @@ def test_who_still_has_the_files_open_writes_to_nothing_and_readers_follow_who_t
         learn(step)
     assert verify_log(tmp_path).findings == ()
     reader.close()
+
+
+def test_a_file_that_nfs_calls_stale_was_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.touch()
+
+    def stale(_: int) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with path.open("rb") as file:
+        assert not was_replaced(path, file.fileno())
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", stale)
+            replaced = was_replaced(path, file.fileno())
+            path.unlink()
+            dropped = not was_replaced(path, file.fileno())
+    assert replaced and dropped, "who has a dropped file open reads on"
 
 
 def test_a_producer_that_dies_between_two_files_leaves_one_step_at_most(tmp_path: Path) -> None:

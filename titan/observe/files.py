@@ -160,7 +160,12 @@ def was_replaced(path: Path, descriptor: int) -> bool:
         now = path.stat()
     except FileNotFoundError:
         return False
-    return not os.path.samestat(now, os.fstat(descriptor))
+    try:
+        return not os.path.samestat(now, os.fstat(descriptor))
+    except OSError as error:
+        if error.errno != errno.ESTALE:  # how NFS says that what is open has been replaced by another host
+            raise
+        return True
 
 
 def to_json(value: object, indent: int | None = None) -> str:
