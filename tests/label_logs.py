@@ -10,10 +10,11 @@ from titan.distill.codec.block import LabelBlock, encode_block
 from titan.distill.codec.raw import RawLabels
 from titan.distill.log.manifest import LogManifest, write_manifest
 from titan.distill.log.reader import LabelReader
-from titan.distill.log.records import Commit, write_all
+from titan.distill.log.records import Commit
 from titan.distill.log.repair import reopen
 from titan.distill.log.segment import segments_of
 from titan.distill.log.writer import SEGMENT_BYTES, CommitWriter, LabelWriter, Write
+from titan.observe.files import write_all
 
 VOCAB, LENGTH = 6, 3
 MANIFEST = LogManifest("run-1", "teacher", "ab" * 32, VOCAB, LENGTH, 4, "full", 1.0, 7)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,20 @@ def test_a_resumed_event_log_goes_on_after_a_torn_line(tmp_path: Path) -> None:
     with (tmp_path / "events.jsonl").open("a") as file:
         file.write('{"time": "20')
     with EventLog(tmp_path) as log:
+        log.emit("second")
+    assert [event["event"] for event in read_events(tmp_path)] == ["first", "second"]
+
+
+def test_an_event_that_a_full_disk_took_half_of_is_not_there(tmp_path: Path) -> None:
+    with EventLog(tmp_path) as log:
+        log.emit("first")
+        size, limits = (tmp_path / "events.jsonl").stat().st_size, resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))
+        try:
+            with pytest.raises(OSError, match="too large"):
+                log.emit("lost")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         log.emit("second")
     assert [event["event"] for event in read_events(tmp_path)] == ["first", "second"]
 

@@ -54,8 +54,26 @@ def open_lines(path: Path) -> FileIO:
 
 
 def append_line(file: FileIO, record: Mapping[str, object]) -> None:
-    """Append one JSON line in one write, so that readers and other writers never see half of it."""
-    file.write(to_json(record).encode() + b"\n")
+    """Append one JSON line in one write, so that readers and other writers never see half of it.
+
+    Raises OSError. On a full disk the part that it took is cut off again: the next line must not go on in that one.
+    """
+    line = to_json(record).encode() + b"\n"
+    written = file.write(line)
+    if written < len(line):
+        begin = file.tell() - written
+        try:
+            write_all(file.fileno(), line[written:])
+        except OSError:
+            file.truncate(min(begin, file.seek(0, os.SEEK_END)))
+            raise
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """A nearly full disk takes a part of a write without an error; only the next write says why."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def read_lines(path: Path) -> list[Record]:

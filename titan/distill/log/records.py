@@ -69,13 +69,6 @@ def decode_record(line: bytes) -> Commit | End | None:
         return None
 
 
-def write_all(descriptor: int, data: bytes) -> None:
-    """A nearly full disk takes a part of a write without an error; only the next write says why."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
 class CommitCursor:
     """Reads commits.jsonl from its start, as far as it goes, and later goes on; holds a chunk, never the file.
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from titan.checkpoint.fence import Fence
 from titan.distill.codec.block import HEADER_BYTES, BlockHeader, decode_block
 from titan.distill.log.index import make_entry
-from titan.distill.log.records import COMMITS, Commit, End, encode_record, write_all
+from titan.distill.log.records import COMMITS, Commit, End, encode_record
 from titan.distill.log.segment import Located, first_step_of, index_path, segment_path, segments_of
 from titan.errors import LabelError
+from titan.observe.files import write_all
 
 SEGMENT_BYTES = 64 << 20
 Write = Callable[[int, bytes], None]
