@@ -84,6 +84,40 @@ def test_a_local_token_is_ours_alone_and_gone_afterwards(monkeypatch: pytest.Mon
         assert "RAY_AUTH_TOKEN_PATH" not in os.environ and os.environ["RAY_AUTH_MODE"] == "disabled"
 
 
+HOLDER = """
+import time
+from titan.cluster.token import local_token
+with local_token():
+    print("there", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.slow
+def test_the_token_of_a_killed_process_goes_when_the_next_begins_and_that_of_a_living_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    command = [sys.executable, "-c", HOLDER]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for process in started:
+            assert process.stdout is not None and process.stdout.readline() == "there\n"
+        tokens = set(tmp_path.iterdir())
+        assert len(tokens) == 2
+        with local_token():
+            assert tokens < set(tmp_path.iterdir())
+        started[0].kill()
+        started[0].wait(10.0)
+        with local_token():
+            assert len(tokens & set(tmp_path.iterdir())) == 1
+    finally:
+        for process in started:
+            process.kill()
+            process.wait(10.0)
+
+
 @pytest.mark.slow
 def test_a_head_lets_in_who_has_its_token_and_tells_others_apart(head: Head, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(head.address, head.token) == "welcome"

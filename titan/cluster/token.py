@@ -4,11 +4,14 @@ Ray checks it on every call (RAY_AUTH_MODE=token). It travels in files and envir
 config, a log or the arguments of a process.
 """
 
+import fcntl
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Literal
 
 import grpc
@@ -17,6 +20,8 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 from titan.config.environment import ray_auth_mode, ray_token, restore_variables, set_ray_auth
 from titan.errors import PlatformError
 
+FILE = "titan-ray-token-"
+"""How the names of token files begin, in the folder for temporary files. Who made one holds a lock on it."""
 PROBE = "/ray.rpc.NodeInfoGcsService/GetClusterId"
 """A question that every Ray head answers at once, with an empty message for an argument."""
 PROBE_TIMEOUT_S = 5.0
@@ -29,15 +34,33 @@ def local_token() -> Iterator[None]:
     if ray_auth_mode() == "disabled":
         yield
         return
-    handle, path = tempfile.mkstemp(prefix="titan-ray-token-")  # mode 600
+    _remove_orphans()
+    handle, draft = tempfile.mkstemp(prefix=f".{FILE}")  # mode 600
+    path = Path(draft).with_name(Path(draft).name.removeprefix("."))
     try:
         with os.fdopen(handle, "w") as file:
+            with suppress(OSError):  # a file system without locks: nobody can tell that a token is an orphan there
+                fcntl.flock(file, fcntl.LOCK_EX)  # for as long as this process lives
             file.write(secrets.token_hex(32))
-        with _auth("token", path):
-            yield
+            file.flush()
+            os.rename(draft, path)
+            with _auth("token", str(path)):
+                yield
     finally:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
+        for left in (Path(draft), path):
+            left.unlink(missing_ok=True)
+
+
+def _remove_orphans() -> None:
+    """Delete tokens of this user's processes that were killed before they could."""
+    for path in Path(tempfile.gettempdir()).glob(f"{FILE}*"):
+        with suppress(OSError):
+            known = path.lstat()
+            if not stat.S_ISREG(known.st_mode) or known.st_uid != os.getuid():
+                continue
+            with path.open() as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 @contextmanager
