@@ -11,6 +11,7 @@ from tests.runs import TINY, kill_tree, processes_under, start_titan, titan, wai
 from titan.config.model import LayoutSettings, ModelSettings
 from titan.observe.events import read_events
 from titan.observe.metrics import StepMetric, read_metrics
+from titan.observe.planned import promises
 from titan.plan.layout import make_layout
 from titan.plan.straggler import STEPS, MeasuredSteps, StragglerWatch
 
@@ -108,6 +109,24 @@ def test_the_report_and_the_status_set_the_plan_beside_what_was_measured(ran: Pa
     assert "teacher: " in said and "a step predicted, " in said and " measured (" in said
     measured = [event for event in read_events(ran) if event["event"] == "measured" and event["role"] == "teacher"]
     assert measured and len(measured[-1]["busy_s"]) == 2
+
+
+def test_only_steps_of_the_present_layout_are_set_beside_what_it_should_take(tmp_path: Path) -> None:
+    position = {"tp": 1, "dp": 1, "layers": 2, "idle_share": 0.0, "memory_bytes": 1, "limit_bytes": 2}
+    positions = [position | {"device": "slow", "busy_s": 2.0}]
+    (tmp_path / "plan.json").write_text(
+        json.dumps({"predictions": {"teacher": {"step_s": 2.5, "positions": positions}}})
+    )
+    seconds = {1: 1.0, 2: 1.0, 3: 2.0, 4: 3.0}
+    metrics = [StepMetric("teacher", step, 0.0, 1.0, 1.0, 1.0, 1e-3, 8, took_s) for step, took_s in seconds.items()]
+    fast = {"event": "measured", "role": "teacher", "busy_s": [0.7, 0.8]}
+    change = {"event": "layout", "role": "teacher", "step": 2, "ranks": 1, "before": 2}
+    (before,) = promises(tmp_path, [fast], metrics[:2])
+    assert before.measured_s == 1.0 and before.busy == (("slow", 2.0, 0.7),)
+    (after,) = promises(tmp_path, [fast, change], metrics)
+    assert after.measured_s == 2.5 and after.busy == (), "nothing was measured in this layout yet"
+    (later,) = promises(tmp_path, [fast, change, fast | {"busy_s": [1.9]}], metrics)
+    assert later.busy == (("slow", 2.0, 1.9),)
 
 
 @pytest.mark.slow

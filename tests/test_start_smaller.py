@@ -8,7 +8,8 @@ import pytest
 
 from tests.runs import write_tiny_config
 from titan.cluster import room as module
-from titan.cluster.room import layouts_to_start
+from titan.cluster.planning import Planned
+from titan.cluster.room import RoomFinder
 from titan.config.load import load_config
 from titan.config.settings import RunConfig
 from titan.errors import ConfigError
@@ -27,7 +28,7 @@ def start(config: RunConfig, slots: dict[str, int], monkeypatch: pytest.MonkeyPa
     """Ranks that each role starts with, where nodes have room for so many."""
     monkeypatch.setattr(module, "free_slots", lambda config, used: dict(slots))
     groups: list[Any] = [SimpleNamespace(role=name, wanted=role) for name, role in config.roles.items()]
-    return {role: layout.ranks for role, layout in layouts_to_start(groups, config).items()}
+    return {role: layout.ranks for role, layout in RoomFinder(Planned(config)).layouts_to_start(groups).items()}
 
 
 @pytest.mark.parametrize(

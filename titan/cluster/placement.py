@@ -14,20 +14,27 @@ from titan.errors import ConfigError
 from titan.plan.layout import Layout
 
 
-def reserve(layout: Layout, config: RunConfig, paced: frozenset[str]) -> list[PlacementGroup]:
+def is_placed_by_kind(kind: str | None, config: RunConfig, paced: frozenset[str]) -> bool:
+    """Whether a rank of this kind of device goes where Ray knows the kind: `ray start --resources='{"KIND": N}'`.
+
+    Kinds that are paced, and a local Ray that knows no kinds, take any slot.
+    """
+    return kind is not None and kind not in paced and config.cluster.address is not None
+
+
+def reserve(layout: Layout, config: RunConfig, paced: frozenset[str], now: bool) -> list[PlacementGroup]:
     """One placement group a tensor-parallel group; its bundles stay on one node.
 
-    A stage of a named kind of device goes where Ray knows that kind: `ray start --resources='{"KIND": N}'`. Kinds that
-    are paced, and a local Ray that knows no kinds, take any slot.
+    now: raise ConfigError for a kind of device that the cluster has not enough of, instead of waiting for it
     """
     bundle = rank_bundle(config)
     resources = ray.cluster_resources()
 
     def bundle_of(kind: str | None) -> dict[str, float]:
-        if kind is None or kind in paced or config.cluster.address is None:
+        if kind is None or not is_placed_by_kind(kind, config, paced):
             return bundle
         wanted = sum(one.tp * one.kinds.count(kind) for one in layout.positions)
-        if resources.get(kind, 0) < wanted:
+        if now and resources.get(kind, 0) < wanted:
             raise ConfigError(
                 f"layout wants {wanted} devices of kind {kind!r}, the Ray cluster offers "
                 f"{resources.get(kind, 0):g}; start its nodes with --resources='{{\"{kind}\": N}}'"
@@ -104,3 +111,12 @@ def free_slots(config: RunConfig, used: Sequence[str]) -> dict[str, int]:
             rooms = [node["Resources"].get(name, 0.0) / share for name, share in bundle.items()]
             slots[str(node["NodeID"])] = int(min(rooms) + 1e-6) - list(used).count(node["NodeID"])
     return slots
+
+
+def free_devices(kind: str, used: Sequence[str]) -> dict[str, int]:
+    """Devices of a kind that each living node still has; used: the nodes of those that are taken."""
+    return {
+        str(node["NodeID"]): int(node["Resources"][kind]) - list(used).count(node["NodeID"])
+        for node in ray.nodes()
+        if node["Alive"] and kind in node["Resources"]
+    }

@@ -54,7 +54,7 @@ def plan_run(config: RunConfig, vocab_size: int) -> Planned:
         on_free = {role: Costs(cost.task, free, cost.profile) for role, cost in wanted.items()}
         plans = plan_jointly(on_free, _search(config))
         schedules_s = {role: plan.schedules_s for role, plan in plans.items()}
-        config = with_layouts(config, {role: _keeping(config, role, plan.settings) for role, plan in plans.items()})
+        config = with_layouts(config, {role: keeping(config, role, plan.settings) for role, plan in plans.items()})
     predictions, unknown = {}, {}
     for role, settings in config.roles.items():
         try:
@@ -140,7 +140,7 @@ def _left_over(fleet: Fleet, config: RunConfig, but: str | None = None) -> Fleet
     return fleet.without(used)
 
 
-def _keeping(config: RunConfig, role: str, planned: LayoutSettings) -> LayoutSettings:
+def keeping(config: RunConfig, role: str, planned: LayoutSettings) -> LayoutSettings:
     """A planned layout with what a plan does not choose."""
     own = config.roles[role].layout
     return planned.model_copy(

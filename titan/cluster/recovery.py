@@ -6,7 +6,7 @@ from pathlib import Path
 
 from titan.cluster.failure import Failure
 from titan.cluster.role_group import Phase, RoleGroup
-from titan.cluster.room import layout_for, who_must_give_way
+from titan.cluster.room import RoomFinder, devices_of
 from titan.config.model import LayoutSettings
 from titan.config.settings import RunConfig
 from titan.distill.news import untold_metrics
@@ -16,6 +16,8 @@ from titan.observe.live import LiveDisplay
 from titan.observe.metrics import MetricsLog
 
 RECONSIDER_S = 1.0
+ASK_AGAIN_S = 30.0
+"""A role that waits asks another to give way no more often: that one saves, ends and starts again each time."""
 
 
 class Recovery:
@@ -29,14 +31,17 @@ class Recovery:
         events: EventLog,
         metrics: MetricsLog,
         display: LiveDisplay,
+        room: RoomFinder,
         tidy: Callable[[str], int],
     ):
         """tidy: makes the files of a role ready to go on, none of its ranks running; returns the step to go on from"""
         self.config, self.run_folder, self.groups = config, run_folder, groups
-        self.events, self.metrics, self.display, self._tidy_files = events, metrics, display, tidy
+        self.events, self.metrics, self.display, self.room = events, metrics, display, room
+        self._tidy_files = tidy
         self.since: dict[str, float] = {}
         """Roles that failed and have made no step since, and when that was noticed."""
         self._next_look: dict[str, float] = {}
+        self._next_ask: dict[str, float] = {}
         self._restarts: dict[str, tuple[int, int]] = {}
         """By role: restarts in a row, and the step of the checkpoint they went on from."""
 
@@ -68,42 +73,49 @@ class Recovery:
         """From its newest checkpoint, that of `step`, in the layout there is room for."""
         group.last_step = step
         self.since[group.role] = since
-        self.use(group, layout_for(group, self.groups.values(), self.config))
+        self.use(group, self.room.layout_for(group, self.groups.values()))
         group.start()
 
     def use(self, group: RoleGroup, settings: LayoutSettings) -> None:
-        """Give a role that is to start this layout, and say so if it has more or fewer ranks."""
-        before = group.num_ranks
+        """Give a role that is to start this layout, and say so if it has other ranks than before."""
+        before, had = group.num_ranks, devices_of(group.settings)
         group.use_layout(settings)
-        if group.num_ranks != before:
+        has = devices_of(settings)
+        if group.num_ranks != before or has != had:
             wanted = group.wanted.layout.ranks
             self.events.emit(
-                "layout", role=group.role, step=group.last_step, ranks=group.num_ranks, before=before, wanted=wanted
-            )
+                "layout", role=group.role, step=group.last_step, ranks=group.num_ranks, before=before, wanted=wanted,
+                devices=has or None,
+            )  # fmt: skip
             said = f"{group.role} goes on with {group.num_ranks} of {wanted} ranks"
-            self.display.log(f"{time.strftime('%H:%M:%S')}  {said}")
+            on = f" ({', '.join(f'{number} {kind}' for kind, number in has.items())})" if has else ""
+            self.display.log(f"{time.strftime('%H:%M:%S')}  {said}{on}")
 
     def reconsider(self, group: RoleGroup) -> None:
         """While a role waits for room: a host may have been found dead, or have come, in the meantime."""
         if group.generation == 1 or group.phase is not Phase.ROOM:
             return
-        if time.monotonic() < self._next_look.get(group.role, 0.0):
+        now = time.monotonic()
+        if now < self._next_look.get(group.role, 0.0):
             return
-        self._next_look[group.role] = time.monotonic() + RECONSIDER_S
-        settings = layout_for(group, self.groups.values(), self.config)
+        self._next_look[group.role] = now + RECONSIDER_S
+        settings = self.room.layout_for(group, self.groups.values())
         if settings != group.settings:
             group.kill()
             self.use(group, settings)
             group.start()
-        elif (other := who_must_give_way(group, self.groups.values(), self.config)) is not None:
-            other.request_pause()
+        elif now >= self._next_ask.get(group.role, 0.0):
+            other = self.room.who_must_give_way(group, self.groups.values())
+            if other is not None:
+                self._next_ask[group.role] = now + ASK_AGAIN_S
+                other.request_pause()
 
     def grow(self, group: RoleGroup) -> None:
         """At a checkpoint of a role with fewer ranks than it should have: give it more if there is room now."""
         if group.phase is not Phase.TRAIN or group.settings == group.wanted.layout:
             return
-        settings = layout_for(group, self.groups.values(), self.config)
-        if settings.ranks > group.num_ranks:
+        settings = self.room.layout_for(group, self.groups.values())
+        if settings != group.settings and (settings == group.wanted.layout or settings.ranks > group.num_ranks):
             group.request_pause()
 
     def note_step(self, group: RoleGroup) -> None:

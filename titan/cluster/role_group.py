@@ -126,7 +126,7 @@ class RoleGroup:
         again = self.generation > 1
         self._patience_s = self.config.recovery.wait_s if again else self.config.cluster.start_timeout_s
         self.deadline = time.monotonic() + self._patience_s
-        self._room = reserve(self.layout, self.config, self.paced)
+        self._room = reserve(self.layout, self.config, self.paced, now=not again)
         self._enter(Phase.ROOM, [group.ready() for group in self._room])
 
     def advance(self) -> Phase:

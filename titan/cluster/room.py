@@ -1,82 +1,142 @@
 """Which layout a role can have in what is left of the cluster."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
-from titan.cluster.placement import free_slots
+from titan.cluster.fallback import Fallbacks
+from titan.cluster.placement import free_devices, free_slots, is_placed_by_kind
+from titan.cluster.planning import Planned
 from titan.cluster.role_group import Phase, RoleGroup
 from titan.config.model import LayoutSettings
-from titan.config.settings import RunConfig
+from titan.config.settings import Role
 from titan.errors import ConfigError
-from titan.plan.smaller import largest_that_fits, smaller_layouts
+from titan.observe.events import EventLog
+from titan.plan.layout import make_layout
+from titan.plan.smaller import Room, fits, largest_that_fits, smaller_layouts
 
 
-def layouts_to_start(groups: Iterable[RoleGroup], config: RunConfig) -> dict[str, LayoutSettings]:
-    """The layout of each role where none has a place yet: one after the other the largest that has room.
+class RoomFinder:
+    """Looks at the cluster for the roles of one run."""
 
-    Each leaves to those after it what their smallest layouts need. Raises ConfigError where not even these fit.
-    """
-    groups, slots = list(groups), free_slots(config, ())
-    least = {group.role: _smallest(group, config) for group in groups}
-    room, chosen = sum(slots.values()), {}
-    for group in groups:
-        del least[group.role]
-        beside = dict(slots)
-        _take(sum(least.values()), beside)
-        settings = largest_that_fits(group.wanted, config.data, beside)
-        if settings is None:
-            raise ConfigError(
-                f"recovery.start_smaller is true, but the smallest layouts of {', '.join(one.role for one in groups)} "
-                f"do not fit into the {room} ranks that there is room for; wait for more hosts (cluster.nodes), or "
-                "have fewer students"
-            )
-        chosen[group.role] = settings
-        _take(settings.ranks, slots)
-    return chosen
+    def __init__(self, planned: Planned):
+        self.config, self.fallbacks = planned.config, Fallbacks(planned)
+        of_layouts = [kind for role in self.config.roles.values() for kind in _kinds_of(role)]
+        of_fleets = [kind for costs in planned.costs.values() for kind in costs.fleet.kinds]
+        self.kinds = [
+            kind
+            for kind in dict.fromkeys([*of_layouts, *of_fleets])
+            if is_placed_by_kind(kind, self.config, planned.paced)
+        ]
+        """Kinds of devices that ranks are placed by."""
+
+    def prepare(self, events: EventLog) -> None:
+        """Plan aside for the loss of a node, where layouts name devices that can be lost."""
+        if self.config.recovery.policy == "shrink":
+            self.fallbacks.prepare([name for name, role in self.config.roles.items() if self._is_planned(role)], events)
+
+    def layouts_to_start(self, groups: Iterable[RoleGroup]) -> dict[str, LayoutSettings]:
+        """The layout of each role where none has a place yet: one after the other the largest that has room.
+
+        Each leaves to those after it what their smallest layouts need. Raises ConfigError where not even these fit.
+        """
+        groups, room = list(groups), self._room(())
+        least = {group.role: self._smallest(group) for group in groups}
+        slots, chosen = sum(room.slots.values()), {}
+        for group in groups:
+            del least[group.role]
+            beside = Room(dict(room.slots), room.kinds)
+            _take(sum(least.values()), beside)
+            settings = self._largest(group.wanted, beside)
+            if settings is None:
+                raise ConfigError(
+                    f"recovery.start_smaller is true, but the smallest layouts of "
+                    f"{', '.join(one.role for one in groups)} do not fit into the {slots} ranks that there is room "
+                    "for; wait for more hosts (cluster.nodes), or have fewer students"
+                )
+            chosen[group.role] = settings
+            _take(settings.ranks, room)
+        return chosen
+
+    def layout_for(self, group: RoleGroup, others: Iterable[RoleGroup]) -> LayoutSettings:
+        """The layout a role is to start with, or go on with, beside the others.
+
+        Its own if there is room for that; else, where `recovery.policy` is to shrink, the best that has room; else its
+        own again, to be waited for.
+        """
+        wanted = group.wanted.layout
+        if self.config.recovery.policy != "shrink":
+            return wanted
+        return self._largest(group.wanted, self._room_beside(group, others)) or wanted
+
+    def who_must_give_way(self, group: RoleGroup, others: Iterable[RoleGroup]) -> RoleGroup | None:
+        """If a role that waits finds no room at all: the largest of those that train whose room would do."""
+        others = list(others)
+        if self.config.recovery.policy != "shrink" or self._has_room(group, others):
+            return None
+        training = [one for one in others if one is not group and one.phase is Phase.TRAIN and one.num_ranks > 1]
+        would_do = [one for one in training if self._has_room(group, [other for other in others if other is not one])]
+        return max(would_do, key=lambda other: other.num_ranks, default=None)
+
+    def _has_room(self, group: RoleGroup, others: Iterable[RoleGroup]) -> bool:
+        return self._largest(group.wanted, self._room_beside(group, others)) is not None
+
+    def _largest(self, role: Role, room: Room) -> LayoutSettings | None:
+        """A role's own layout if there is room for it, else the best for what there is; None if none fits."""
+        if not self._is_planned(role):
+            return largest_that_fits(role, self.config.data, room)
+        if fits(make_layout(role.model, role.layout), room):
+            return role.layout
+        found = self.fallbacks.layout(role.name, {kind: room.devices(kind) for kind in self.kinds})
+        return found if found is not None and fits(make_layout(role.model, found), room) else None
+
+    def _is_planned(self, role: Role) -> bool:
+        """Whether the planner can say what to do without some of the devices that a role's layout names."""
+        return role.name in self.fallbacks.costs and any(kind in self.kinds for kind in _kinds_of(role))
+
+    def _room(self, others: Sequence[RoleGroup]) -> Room:
+        """What is free beside roles that have their place."""
+        used = [
+            (place.node_id, one.layout.place(rank).device) for one in others for rank, place in enumerate(one.places)
+        ]
+        slots = free_slots(self.config, [node for node, _ in used])
+        devices = {kind: free_devices(kind, [node for node, of in used if of == kind]) for kind in self.kinds}
+        return Room(slots, devices)
+
+    def _room_beside(self, group: RoleGroup, others: Iterable[RoleGroup]) -> Room:
+        """What is free for a role. One that waits for room too is sure of its smallest layout only."""
+        every = [other for other in others if other is not group]
+        room = self._room(every)
+        for other in every:
+            if other.phase is Phase.ROOM:
+                _take(self._smallest(other), room)
+            elif other.is_starting and not other.places:
+                _take(other.num_ranks, room)
+        return room
+
+    def _smallest(self, group: RoleGroup) -> int:
+        """Ranks of a role's smallest layout."""
+        own = group.wanted.layout.ranks
+        return min((layout.ranks for layout in smaller_layouts(group.wanted, self.config.data)), default=own)
 
 
-def layout_for(group: RoleGroup, others: Iterable[RoleGroup], config: RunConfig) -> LayoutSettings:
-    """The layout a role is to start with, or go on with, beside the others.
-
-    Its own if there is room for that; else, where `recovery.policy` is to shrink, the largest that has room; else its
-    own again, to be waited for.
-    """
-    wanted = group.wanted.layout
-    if config.recovery.policy != "shrink":
-        return wanted
-    return largest_that_fits(group.wanted, config.data, _room_beside(group, others, config)) or wanted
+def _kinds_of(role: Role) -> list[str]:
+    """Kinds of devices that a role's layout names, one a replica."""
+    return [kind for stage in role.layout.stages or () for kind in stage.kinds if kind is not None]
 
 
-def who_must_give_way(group: RoleGroup, others: Iterable[RoleGroup], config: RunConfig) -> RoleGroup | None:
-    """The role with the most ranks among those that train, if a role that waits finds no room at all beside them."""
-    if config.recovery.policy != "shrink":
-        return None
-    if largest_that_fits(group.wanted, config.data, _room_beside(group, others, config)) is not None:
-        return None
-    training = [other for other in others if other is not group and other.phase is Phase.TRAIN and other.num_ranks > 1]
-    return max(training, key=lambda other: other.num_ranks, default=None)
+def devices_of(settings: LayoutSettings) -> dict[str, int]:
+    """Ranks of a layout by the kind of device it names; {} if it names none."""
+    kinds = Counter[str]()
+    for stage in settings.stages or ():
+        for kind in stage.kinds:
+            if kind is not None:
+                kinds[kind] += stage.tp
+    return dict(kinds)
 
 
-def _room_beside(group: RoleGroup, others: Iterable[RoleGroup], config: RunConfig) -> dict[str, int]:
-    """Free ranks by node. A role that waits for room too is sure of its smallest layout only."""
-    every = [other for other in others if other is not group]
-    slots = free_slots(config, [place.node_id for other in every for place in other.places])
-    for other in every:
-        if other.phase is Phase.ROOM:
-            _take(_smallest(other, config), slots)
-        elif other.is_starting and not other.places:
-            _take(other.num_ranks, slots)
-    return slots
-
-
-def _smallest(group: RoleGroup, config: RunConfig) -> int:
-    """Ranks of a role's smallest layout."""
-    own = group.wanted.layout.ranks
-    return min((layout.ranks for layout in smaller_layouts(group.wanted, config.data)), default=own)
-
-
-def _take(ranks: int, slots: dict[str, int]) -> None:
+def _take(ranks: int, room: Room) -> None:
     """Room for ranks that have no place yet is not free."""
-    for node in slots:
-        taken = min(ranks, max(0, slots[node]))
-        slots[node] -= taken
+    for node in room.slots:
+        taken = min(ranks, max(0, room.slots[node]))
+        room.slots[node] -= taken
         ranks -= taken

@@ -1,6 +1,5 @@
 """The supervisor: a small state machine in the driver that plans, spawns the ranks, watches them and winds up."""
 
-import json
 import os
 import signal
 import sys
@@ -22,12 +21,13 @@ from titan.cluster.grace import Grace
 from titan.cluster.head import HeadWatch
 from titan.cluster.label_service import ServiceKeeper
 from titan.cluster.label_source import home_folders, initial_weights
-from titan.cluster.planning import Planned, plan_picture, with_layouts
+from titan.cluster.plan_record import PlanRecord
+from titan.cluster.planning import Planned, with_layouts
 from titan.cluster.processes import kill_processes
 from titan.cluster.recovery import Recovery
 from titan.cluster.replan import replan_gain
 from titan.cluster.role_group import Phase, RoleGroup, RoleLostError, save_without_head
-from titan.cluster.room import layouts_to_start
+from titan.cluster.room import RoomFinder
 from titan.cluster.session import discover
 from titan.cluster.spares import SparePool
 from titan.config.model import LayoutSettings
@@ -38,11 +38,9 @@ from titan.distill.rank import RankSpec, RoleReport
 from titan.distill.service.server import LOCALHOST
 from titan.errors import PlatformError
 from titan.observe.events import EventLog
-from titan.observe.files import write_whole
 from titan.observe.live import LiveDisplay
 from titan.observe.metrics import EvalMetric, MetricsLog, StepMetric
-from titan.observe.planned import PICTURE_FILE, PLAN_FILE
-from titan.plan.inventory import check_fits, plan_json
+from titan.plan.inventory import check_fits
 from titan.plan.layout import make_layout, role_layouts
 
 POLL_S = 0.25
@@ -104,7 +102,9 @@ class Supervisor:
         self.head = HeadWatch(self._leave_without_head)
         self.disk = DiskWatch(self.config, run_folder, events)
         self.begin = time.monotonic()
-        self.recovery = Recovery(self.config, run_folder, self.groups, events, metrics, display, tidy)
+        self.record = PlanRecord(planned, run_folder, events)
+        self.room = RoomFinder(planned)
+        self.recovery = Recovery(self.config, run_folder, self.groups, events, metrics, display, self.room, tidy)
 
     def run(self) -> Outcome:
         """The whole run. Raises WorkerError if a role failed for good; no actor is left in any case."""
@@ -140,16 +140,7 @@ class Supervisor:
         inventory = discover(config.cluster)
         if not config.recovery.start_smaller:
             check_fits(layouts, inventory, config.cluster.cpu_ranks_per_core)
-        plan = plan_json(layouts, inventory)
-        plan["predictions"] = {role: found.to_json() for role, found in self.planned.predictions.items()}
-        (self.run_folder / PLAN_FILE).write_text(json.dumps(plan, indent=1))
-        if TEACHER in self.planned.predictions:
-            write_whole(self.run_folder / PICTURE_FILE, plan_picture(TEACHER, self.planned.predictions[TEACHER]))
-        self.events.emit("plan", ranks=plan["num_ranks"], slots=inventory.slots, nodes=len(inventory.nodes))
-        for role, found in self.planned.predictions.items():
-            self.events.emit("predicted", role=role, step_s=round(found.step_s, 4), devices=list(found.kinds))
-        for role, why in self.planned.unknown.items():
-            self.events.emit("not_predicted", role=role, why=why)
+        self.record.begin(layouts, inventory)
 
     # --- SPAWN ---
 
@@ -165,7 +156,7 @@ class Supervisor:
             self.groups[role] = RoleGroup(role, self.config, self.planned.paced, self._spec, step, self.spares)
         groups = list(self.groups.values())
         if self.config.recovery.start_smaller:
-            for role, settings in layouts_to_start(groups, self.config).items():
+            for role, settings in self.room.layouts_to_start(groups).items():
                 self.recovery.use(self.groups[role], settings)
         for group in groups:
             group.start()
@@ -194,9 +185,7 @@ class Supervisor:
     def _spec(self, role: str, rank: int, settings: LayoutSettings) -> RankSpec:
         config = with_layouts(self.config, {role: settings})
         layout = make_layout(config.roles[role].model, settings)
-        found = self.planned.predictions.get(role)
-        if found is not None and found.layout != layout:
-            found = self.planned.predict(role, layout)
+        found = self.record.prediction(role, layout)
         paced = layout.place(rank).device in self.planned.paced
         return RankSpec(
             config,
@@ -220,6 +209,7 @@ class Supervisor:
         self.state = State.RUN
         for group in self.groups.values():
             self._train(group)
+        self.room.prepare(self.events)
         self.display.phase("training")
         while not all(group.phase is Phase.DONE for group in self.groups.values()):
             if self.head.lost:
@@ -294,6 +284,7 @@ class Supervisor:
         """Let a role train whose ranks are up, and leave word of where they are."""
         processes = [f"{place.host}:{place.pid}" for place in group.places]
         self.events.emit("placed", role=group.role, generation=group.generation, processes=processes)
+        self.record.goes_on(group.role, group.layout)
         group.train()
         if group.role == TEACHER and self.service is not None and not self.home:
             node = group.places[group.layout.stages[-1].rank(0, 0)].node_id
@@ -346,11 +337,10 @@ class Supervisor:
     def _offer(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What a new plan would gain, for a straggler that was named; nothing for any other event."""
         role = item.get("role", "")
-        if "factor" not in item or role not in self.planned.predictions:
+        found = self.record.prediction(role, self.groups[role].layout) if "factor" in item else None
+        if found is None:
             return {}
-        gain = replan_gain(
-            self.planned.costs[role], self.planned.predictions[role], item["rank"], float(item["factor"])
-        )
+        gain = replan_gain(self.planned.costs[role], found, item["rank"], float(item["factor"]))
         return {} if gain is None else {"replan_gain": round(gain, 3)}
 
     def _recover(self, group: RoleGroup, failure: Failure, since: float) -> None:

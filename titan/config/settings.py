@@ -172,8 +172,9 @@ class RecoverySettings(Section):
 
     policy: Literal["shrink", "wait", "stop"] = "shrink"
     """Only the role concerned starts again, from its newest checkpoint; the others go on. Where a lost host leaves too
-    little room, `shrink` goes on with fewer ranks, and grows again at a checkpoint once there is room; `wait` waits for
-    room. `stop` ends the run, to be resumed by hand."""
+    little room, `shrink` goes on with fewer ranks (in the planner's layout where kinds of devices are named), and
+    grows again at a checkpoint once there is room; `wait` waits for room. `stop` ends the run, to be resumed by hand.
+    """
     start_smaller: bool = False
     """Start with fewer ranks where there is not yet room for all, with `shrink`; roles grow as hosts join."""
     wait_s: PositiveFloat = 600.0

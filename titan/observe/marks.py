@@ -31,7 +31,9 @@ def marks_of(events: Sequence[Record]) -> list[Mark]:
     found: dict[tuple[str, int], Mark] = {}
     for event in events:
         if event["event"] == "layout" and "step" in event:
-            mark = Mark(event["role"], event["step"], f"{event['before']} to {event['ranks']} ranks")
+            before, ranks = event["before"], event["ranks"]
+            text = f"{before} to {ranks} ranks" if ranks != before else "other devices"
+            mark = Mark(event["role"], event["step"], text)
         elif event["event"] == "restarting":
             mark = Mark(event["role"], event["from_step"], "")
         else:

@@ -21,7 +21,7 @@ class Promise:
     role: str
     predicted_s: float
     measured_s: float
-    """Median over the steps so far, label waits not counted; NaN before the first."""
+    """Median over the steps in the present layout, label waits not counted; NaN before the first."""
     busy: tuple[tuple[str, float, float], ...]
     """Kind of device, predicted and measured seconds of computing in a step, of every position that was measured."""
     stages: tuple[Record, ...]
@@ -41,9 +41,12 @@ def promises(folder: Path, events: Sequence[Record], metrics: Sequence[Metric]) 
     predictions = (read_json(folder / PLAN_FILE) or {}).get("predictions", {})
     found = []
     for role, prediction in predictions.items():
+        of_role = [event for event in events if event.get("role") == role]
+        changes = [index for index, event in enumerate(of_role) if event["event"] == "layout"]
+        since = of_role[changes[-1]].get("step", 0) if changes else 0  # the step before the present layout
         steps = [metric for metric in metrics if isinstance(metric, StepMetric) and metric.role == role]
-        seconds = [metric.step_s for metric in steps]
-        told = [event for event in events if event["event"] == "measured" and event.get("role") == role]
+        seconds = [metric.step_s for metric in steps if metric.step > since]
+        told = [event for event in of_role[changes[-1] if changes else 0 :] if event["event"] == "measured"]
         busy_s = told[-1].get("busy_s", []) if told else []
         rows: list[Record] = []
         busy: list[tuple[str, float, float]] = []

@@ -1,12 +1,26 @@
 """Layouts to fall back on when there is not room for the wanted one: the same model on fewer ranks."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 from titan.config.check_layout import layout_mistakes
 from titan.config.model import LayoutSettings
 from titan.config.settings import DataSettings, Role
 from titan.plan.layout import Layout, make_layout
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is free in a cluster."""
+
+    slots: dict[str, int]
+    """Ranks that each node can take."""
+    kinds: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of each kind of device that ranks are placed by, the devices of each node. Ranks of other kinds take any slot."""
+
+    def devices(self, kind: str) -> int:
+        """How many of a kind that ranks are placed by can be had."""
+        return sum(min(free, self.slots.get(node, 0)) for node, free in self.kinds[kind].items())
 
 
 def smaller_layouts(role: Role, data: DataSettings) -> list[LayoutSettings]:
@@ -49,21 +63,24 @@ def _divisors(number: int) -> list[int]:
     return [each for each in range(number, 0, -1) if number % each == 0]
 
 
-def fits(layout: Layout, slots: Mapping[str, int]) -> bool:
-    """Whether every tensor-parallel group finds room on one node, the largest first; slots: free ranks by node."""
-    left = dict(slots)
-    groups = sorted((stage.tp for stage in layout.positions for _ in range(stage.dp)), reverse=True)
-    for size in groups:
-        node = next((name for name, free in left.items() if free >= size), None)
+def fits(layout: Layout, room: Room) -> bool:
+    """Whether every tensor-parallel group finds a place on one node; those placed by kind first, then by size."""
+    slots, kinds = dict(room.slots), {kind: dict(nodes) for kind, nodes in room.kinds.items()}
+    groups = [(stage.tp, kinds.get(kind or "")) for stage in layout.positions for kind in stage.kinds]
+    for size, devices in sorted(groups, key=lambda group: (group[1] is None, -group[0])):
+        of_kind = slots if devices is None else devices
+        node = next((name for name, free in slots.items() if min(free, of_kind.get(name, 0)) >= size), None)
         if node is None:
             return False
-        left[node] -= size
+        slots[node] -= size
+        if devices is not None:
+            devices[node] -= size
     return True
 
 
-def largest_that_fits(role: Role, data: DataSettings, slots: Mapping[str, int]) -> LayoutSettings | None:
+def largest_that_fits(role: Role, data: DataSettings, room: Room) -> LayoutSettings | None:
     """The role's own layout if there is room for it, else the first smaller one that has; None if none has."""
     for layout in (role.layout, *smaller_layouts(role, data)):
-        if fits(make_layout(role.model, layout), slots):
+        if fits(make_layout(role.model, layout), room):
             return layout
     return None
