@@ -89,6 +89,7 @@ def test_groups_of_named_kinds_go_where_their_kind_is(
         [("slow", 1, 2), ("fast", 1, 1)],
         [("paced", 1, 2), ("slow", 2, 1)],
         [("slow", 1, 1), (None, 1, 1)],
+        [(None, 1, 2), ("fast", 1, 1)],
     ):
         settings = [{"layers": (1,), "device": kind, "tp": tp, "dp": dp} for kind, tp, dp in stages]
         settings[-1]["layers"] = (5 - len(stages),)

@@ -39,9 +39,12 @@ class Cluster:
 
     def __init__(self) -> None:
         self.lost: set[str] = set()
+        self.more = 0
+        """Ranks that each node has room for beyond its devices."""
 
     def slots(self, _: object, used: list[str]) -> dict[str, int]:
-        return {node: number - used.count(node) for node, (_, number) in NODES.items() if node not in self.lost}
+        there = {node: number + self.more for node, (_, number) in NODES.items() if node not in self.lost}
+        return {node: number - used.count(node) for node, number in there.items()}
 
     def devices(self, kind: str, used: list[str]) -> dict[str, int]:
         there = {node: number for node, (of, number) in NODES.items() if of == kind and node not in self.lost}
@@ -61,7 +64,9 @@ def planned(tmp_path: Path) -> Planned:
     """A teacher of six layers that is planned, a student beside it of no kind."""
     path = write_tiny_config(tmp_path / "work")
     text = TINY.format(text=tmp_path / "work/text").replace("layers = 2, hidden = 64", "layers = 6, hidden = 64")
-    path.write_text(text.replace("layout = { tp = 2 }", "layout = { planned = true, recompute = true }"))
+    path.write_text(
+        text.replace("layout = { tp = 2 }", 'layout = { planned = true, recompute = true, transport = "host" }')
+    )
     (tmp_path / "inventory.toml").write_text(INVENTORY)
     profile = SHAPE.format(blocks=f"{blocks_of('fast', 0.002)},{blocks_of('slow', 0.005)}")
     (tmp_path / "profile.toml").write_text(profile)
@@ -98,7 +103,7 @@ def test_a_role_goes_on_with_what_the_planner_makes_of_what_is_left_and_takes_th
     cluster.lost = {"f"}
     without = finder.layout_for(teacher, [teacher])
     assert devices_of(without) == expected(planned, fast=0, slow=4) and set(devices_of(without)) == {"slow"}
-    assert without.recompute and without.transport == wanted.transport
+    assert without.recompute and without.transport == "host"
     cluster.lost = {"s", "t"}
     assert devices_of(finder.layout_for(teacher, [teacher])) == expected(planned, fast=2, slow=0) == {"fast": 2}
     cluster.lost = {"f", "s", "t"}
@@ -115,6 +120,10 @@ def test_devices_of_other_roles_are_not_free(planned: Planned, cluster: Cluster)
     assert devices_of(finder.layout_for(teacher, [teacher, other])) == expected(planned, fast=0, slow=2)
     unnamed = group(planned, "early", Phase.TRAIN, "st")
     assert devices_of(finder.layout_for(teacher, [teacher, unnamed])) == expected(planned, fast=0, slow=2), "no slots"
+    cluster.more = 2
+    assert devices_of(finder.layout_for(teacher, [teacher, other])) == expected(planned, fast=0, slow=2)
+    assert devices_of(finder.layout_for(teacher, [teacher, unnamed])) == expected(planned, fast=0, slow=4)
+    cluster.more = 0
     crowd = group(planned, "early", Phase.TRAIN, "sstt", LayoutSettings(pp=2, dp=2))
     assert finder.layout_for(teacher, [teacher, crowd]) == teacher.wanted.layout
     roles = [teacher, crowd]
@@ -146,7 +155,10 @@ def test_the_loss_of_a_node_is_planned_while_all_is_well(
         assert devices_of(finder.layout_for(teacher, [teacher])) == expected(planned, **devices)
 
 
-def test_who_is_not_to_shrink_waits_and_prepares_nothing(planned: Planned, cluster: Cluster, tmp_path: Path) -> None:
+def test_who_is_not_to_shrink_waits_and_prepares_nothing(
+    planned: Planned, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("threading.Thread.start", lambda thread: thread.run())
     recovery = planned.config.recovery.model_copy(update={"policy": "wait"})
     finder = RoomFinder(Planned(planned.config.model_copy(update={"recovery": recovery}), costs=planned.costs))
     teacher = group(planned, "teacher", Phase.IDLE)
