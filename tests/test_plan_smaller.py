@@ -8,7 +8,7 @@ from titan.config.check_layout import layout_mistakes
 from titan.config.model import LayoutSettings, ModelSettings, OptimizerSettings
 from titan.config.settings import DataSettings, Role
 from titan.plan.layout import make_layout
-from titan.plan.smaller import Room, fits, largest_that_fits, smaller_layouts
+from titan.plan.smaller import Room, fits, largest_that_fits, left_beside, smaller_layouts
 
 MODEL = ModelSettings(layers=4, hidden=64, heads=4, ffn=128)
 DATA = DataSettings(sources=("x",), batch_size=16)
@@ -96,6 +96,13 @@ def test_groups_of_named_kinds_go_where_their_kind_is(
         made = make_layout(MODEL, role(stages=tuple(settings), micro_batches=4).layout)
         groups = [(tp, kind) for kind, tp, dp in stages for _ in range(dp)]
         assert fits(made, room) == room_by_trying(groups, room), stages
+        left = left_beside(made, room)
+        if left is not None:
+            taken = {kind: room.devices(kind) - left.devices(kind) for kind in room.kinds}
+            assert sum(room.slots.values()) - sum(left.slots.values()) == made.num_ranks
+            named = {kind: sum(size for size, of in groups if of == kind) for kind in room.kinds}
+            assert all(taken[kind] >= number for kind, number in named.items()), stages
+            assert min(left.slots.values()) >= 0
 
 
 def test_the_largest_that_has_room_is_taken() -> None:

@@ -61,7 +61,11 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 @pytest.fixture
 def planned(tmp_path: Path) -> Planned:
-    """A teacher of six layers that is planned, a student beside it of no kind."""
+    return plan_tiny(tmp_path)
+
+
+def plan_tiny(tmp_path: Path, *overrides: str) -> Planned:
+    """A teacher of six layers that is planned, beside it students of no kind."""
     path = write_tiny_config(tmp_path / "work")
     text = TINY.format(text=tmp_path / "work/text").replace("layers = 2, hidden = 64", "layers = 6, hidden = 64")
     path.write_text(
@@ -71,7 +75,7 @@ def planned(tmp_path: Path) -> Planned:
     profile = SHAPE.format(blocks=f"{blocks_of('fast', 0.002)},{blocks_of('slow', 0.005)}")
     (tmp_path / "profile.toml").write_text(profile)
     files = [f"cluster.{name}={tmp_path / name}.toml" for name in ("inventory", "profile")]
-    return plan_run(load_config(path, [*files, "cluster.address=10.0.0.1:6379"]), 512)
+    return plan_run(load_config(path, [*files, "cluster.address=10.0.0.1:6379", *overrides]), 512)
 
 
 def group(planned: Planned, role: str, phase: Phase, nodes: str = "", layout: LayoutSettings | None = None) -> Any:
@@ -132,6 +136,22 @@ def test_devices_of_other_roles_are_not_free(planned: Planned, cluster: Cluster)
     assert finder.who_must_give_way(teacher, roles) is None, "its room would not do"
     cluster.lost = set()
     assert finder.who_must_give_way(teacher, roles) is None
+
+
+def test_roles_that_start_with_less_do_not_count_on_the_same_devices(tmp_path: Path, cluster: Cluster) -> None:
+    one = plan_tiny(
+        tmp_path, "recovery.start_smaller=true", "students.early.layout={stages=[{layers=2,device='slow'}]}"
+    )
+    finder = RoomFinder(one)
+    groups = [group(one, role, Phase.IDLE) for role in one.config.roles]
+    everything = finder.layouts_to_start(groups)
+    assert everything == {role: settings.layout for role, settings in one.config.roles.items()}
+    cluster.lost = {"s"}
+    chosen = finder.layouts_to_start(groups)
+    assert devices_of(chosen["early"]) == {"slow": 1} and chosen["late"].ranks == 1
+    assert devices_of(chosen["teacher"]) == expected(one, fast=2, slow=1)
+    cluster.lost = {"f", "s"}
+    assert devices_of(finder.layouts_to_start(groups)["teacher"]) == {"slow": 1}
 
 
 def test_the_loss_of_a_node_is_planned_while_all_is_well(

@@ -12,7 +12,7 @@ from titan.config.settings import Role
 from titan.errors import ConfigError
 from titan.observe.events import EventLog
 from titan.plan.layout import make_layout
-from titan.plan.smaller import Room, fits, largest_that_fits, smaller_layouts
+from titan.plan.smaller import Room, fits, largest_that_fits, left_beside, smaller_layouts
 
 
 class RoomFinder:
@@ -40,12 +40,11 @@ class RoomFinder:
         Each leaves to those after it what their smallest layouts need. Raises ConfigError where not even these fit.
         """
         groups, room = list(groups), self._room(())
-        least = {group.role: self._smallest(group) for group in groups}
         slots, chosen = sum(room.slots.values()), {}
-        for group in groups:
-            del least[group.role]
-            beside = Room(dict(room.slots), room.kinds)
-            _take(sum(least.values()), beside)
+        for number, group in enumerate(groups):
+            beside = room
+            for later in groups[number + 1 :]:
+                beside = self._without_smallest(later, beside)
             settings = self._largest(group.wanted, beside)
             if settings is None:
                 raise ConfigError(
@@ -54,7 +53,7 @@ class RoomFinder:
                     "for; wait for more hosts (cluster.nodes), or have fewer students"
                 )
             chosen[group.role] = settings
-            _take(settings.ranks, room)
+            room = left_beside(make_layout(group.wanted.model, settings), room) or room
         return chosen
 
     def layout_for(self, group: RoleGroup, others: Iterable[RoleGroup]) -> LayoutSettings:
@@ -108,15 +107,16 @@ class RoomFinder:
         room = self._room(every)
         for other in every:
             if other.phase is Phase.ROOM:
-                _take(self._smallest(other), room)
+                room = self._without_smallest(other, room)
             elif other.is_starting and not other.places:
-                _take(other.num_ranks, room)
+                room = left_beside(other.layout, room) or _without(other.num_ranks, room)
         return room
 
-    def _smallest(self, group: RoleGroup) -> int:
-        """Ranks of a role's smallest layout."""
-        own = group.wanted.layout.ranks
-        return min((layout.ranks for layout in smaller_layouts(group.wanted, self.config.data)), default=own)
+    def _without_smallest(self, group: RoleGroup, room: Room) -> Room:
+        """What a role's smallest layout leaves, which has no place yet."""
+        wanted = group.wanted
+        ranks = min((layout.ranks for layout in smaller_layouts(wanted, self.config.data)), default=wanted.layout.ranks)
+        return _without(ranks, room, [kind for kind in dict.fromkeys(_kinds_of(wanted)) if kind in self.kinds])
 
 
 def _kinds_of(role: Role) -> list[str]:
@@ -134,9 +134,18 @@ def devices_of(settings: LayoutSettings) -> dict[str, int]:
     return dict(kinds)
 
 
-def _take(ranks: int, room: Room) -> None:
-    """Room for ranks that have no place yet is not free."""
-    for node in room.slots:
-        taken = min(ranks, max(0, room.slots[node]))
-        room.slots[node] -= taken
+def _without(ranks: int, room: Room, kinds: Sequence[str] = ()) -> Room:
+    """What some ranks leave that have no place yet: on devices of these kinds, or best where there are none of any."""
+    slots, devices = dict(room.slots), {kind: dict(nodes) for kind, nodes in room.kinds.items()}
+
+    def comes_late(node: str) -> bool:
+        has = {kind for kind, nodes in devices.items() if nodes.get(node)}
+        return not has.intersection(kinds) if kinds else bool(has)
+
+    for node in sorted(slots, key=comes_late):
+        taken = min(ranks, max(0, slots[node]))
+        slots[node] -= taken
         ranks -= taken
+        for kind in kinds:
+            devices[kind][node] = max(0, devices[kind].get(node, 0) - taken)
+    return Room(slots, devices)

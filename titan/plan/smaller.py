@@ -63,19 +63,27 @@ def _divisors(number: int) -> list[int]:
     return [each for each in range(number, 0, -1) if number % each == 0]
 
 
-def fits(layout: Layout, room: Room) -> bool:
-    """Whether every tensor-parallel group finds a place on one node; those placed by kind first, then by size."""
+def left_beside(layout: Layout, room: Room) -> Room | None:
+    """What stays free if every tensor-parallel group takes a place on one node; None if one finds none.
+
+    Groups that are placed by kind come first, then the largest.
+    """
     slots, kinds = dict(room.slots), {kind: dict(nodes) for kind, nodes in room.kinds.items()}
     groups = [(stage.tp, kinds.get(kind or "")) for stage in layout.positions for kind in stage.kinds]
     for size, devices in sorted(groups, key=lambda group: (group[1] is None, -group[0])):
         of_kind = slots if devices is None else devices
         node = next((name for name, free in slots.items() if min(free, of_kind.get(name, 0)) >= size), None)
         if node is None:
-            return False
+            return None
         slots[node] -= size
         if devices is not None:
             devices[node] -= size
-    return True
+    return Room(slots, kinds)
+
+
+def fits(layout: Layout, room: Room) -> bool:
+    """Whether there is room for a layout."""
+    return left_beside(layout, room) is not None
 
 
 def largest_that_fits(role: Role, data: DataSettings, room: Room) -> LayoutSettings | None:
