@@ -9,24 +9,11 @@ import pytest
 from tests.label_logs import MANIFEST, Producer, assert_whole, read_all, snapshot
 from tests.runs import write_tiny_config
 from titan.config.load import load_config
-from titan.config.settings import RunConfig
 from titan.distill.log.manifest import write_manifest
 from titan.distill.log.reader import LabelReader
 from titan.distill.log.retention import drop_before, first_kept
 from titan.distill.log.second_copy import bring_together, copy_folder, vacate_copies
 from titan.errors import LabelError, RunError
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny.toml, in which `late` starts with the teacher."""
-    path = write_tiny_config(tmp_path_factory.mktemp("bounds"))
-    path.write_text(path.read_text().replace("start = { lead = 0.05 }\n", ""))
-    return path
-
-
-def settings(tiny: Path, *overrides: str) -> RunConfig:
-    return load_config(tiny, list(overrides))
 
 
 def committed_last(folder: Path) -> int:
@@ -99,13 +86,13 @@ def test_a_copy_of_another_run_is_left_alone(tmp_path: Path) -> None:
     assert snapshot(tmp_path) == before
 
 
-def test_a_new_run_wants_a_folder_of_its_own_for_its_second_copy(tiny: Path, tmp_path: Path) -> None:
-    run = tmp_path / "runs" / "tiny"
+def test_a_new_run_wants_a_folder_of_its_own_for_its_second_copy(tmp_path: Path) -> None:
+    tiny, run = write_tiny_config(tmp_path / "work"), tmp_path / "runs" / "tiny"
     run.mkdir(parents=True)
-    inside = settings(tiny, f"run.dir={run.parent}", f"labels.copy_to={run}")
+    inside = load_config(tiny, [f"run.dir={run.parent}", f"labels.copy_to={run}"])
     with pytest.raises(RunError, match="would lie in"):
         vacate_copies(inside, run, overwrite=True)
-    config = settings(tiny, f"run.dir={run.parent}", f"labels.copy_to={tmp_path / 'second'}")
+    config = load_config(tiny, [f"run.dir={run.parent}", f"labels.copy_to={tmp_path / 'second'}"])
     log = copy_folder(config, "teacher")
     assert log == tmp_path / "second" / "tiny" / "labels" / "teacher"
     vacate_copies(config, run, overwrite=False)

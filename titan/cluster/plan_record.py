@@ -43,14 +43,14 @@ class PlanRecord:
 
     def goes_on(self, role: str, layout: Layout) -> None:
         """Write down what is expected of a role that starts again, if that is something else than before."""
-        found, before = self.prediction(role, layout), self._plan["predictions"].get(role)
+        found, known = self.prediction(role, layout), self._plan["predictions"]
         now = found.to_json() if found is not None else None
-        if now == before:
+        if now == known.get(role):
             return
-        self._plan["predictions"] |= {role: now}
         if found is None:
-            del self._plan["predictions"][role]
+            del known[role]
         else:
+            known[role] = now
             self._tell(role, found)
         self._write()
 
